@@ -1,0 +1,106 @@
+"""Plain torch, any device: the reference that every other backend is held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraga._ops import implement
+
+_KEY = "CompositeExplicitAutograd"
+
+# Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3; SC 2011)
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+# Added to every unit column before its Gram matrix is taken, as a share of it: large enough that a zero or dependent
+# column becomes a usable direction, far below what a sketch resolves.
+_JITTER = 1e-6
+_JITTER_SEED = 0x10A6A
+
+
+def philox(counter: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words (as int64) of Philox4x32-10 at each 64-bit `counter` (int64) under the 64-bit key `seed`."""
+    c0, c1 = counter & _MASK, (counter >> 32) & _MASK
+    c2 = c3 = torch.zeros_like(counter)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # int64 products wrap; their upper and lower 32 bits are still those of the unsigned product
+        p0, p1 = c0 * _PHILOX_M[0], c2 * _PHILOX_M[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _PHILOX_W[0]) & _MASK, (k1 + _PHILOX_W[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+@implement("test_matrix_", _KEY)
+def test_matrix_(out: Tensor, seed: int) -> None:
+    count = out.numel()
+    words = torch.stack(philox(torch.arange((count + 3) // 4, device=out.device), seed), dim=1).view(-1)[:count]
+    # the upper 24 bits are exact in float32
+    out.view(-1).copy_((words >> 8).float()).mul_(2.0**-23).sub_(1.0)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with operands as they are and float32 sums and result."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+@implement("left_product", _KEY)
+def left_product(x: Tensor, dy: Tensor, v: Tensor) -> Tensor:
+    p = product(x, v.to(x.dtype)).to(x.dtype)
+    return product(p.t(), dy).t()
+
+
+@implement("right_product", _KEY)
+def right_product(x: Tensor, dy: Tensor, q: Tensor) -> Tensor:
+    r = product(dy, q.to(dy.dtype)).to(dy.dtype)
+    return product(r.t(), x)
+
+
+@implement("accumulate_", _KEY)
+def accumulate_(g: Tensor, x: Tensor, dy: Tensor, scale: float) -> Tensor:
+    finite = torch.isfinite(x).all() & torch.isfinite(dy).all()
+    total = product(dy.t(), x).mul_(scale).add_(g)
+    g.copy_(torch.where(finite, total.to(g.dtype), g))
+    return finite
+
+
+@implement("orthonormalize", _KEY)
+def orthonormalize(y: Tensor) -> Tensor:
+    """Column scaling, then CholeskyQR with Gram, factor and product in float64 (see docs/numerics.md).
+
+    CholeskyQR2 (Yamamoto et al., 2015) in float32 fails from condition 1e4; a float64 Gram carries it to 1e7. The
+    jitter bounds the condition by about its reciprocal, so the first Cholesky always exists; the second pass removes
+    what rounding left. A square block can be worse conditioned than the jitter suggests and gets a third pass.
+    """
+    m, k = y.shape[-2:]
+    noise = y.new_empty(m, k)
+    test_matrix_(noise, _JITTER_SEED)
+    noise = noise.double()
+    noise = noise / noise.norm(dim=0).clamp_min(1e-30)
+    a = y.double()
+    norm = a.norm(dim=-2, keepdim=True)  # float64 squares neither overflow nor vanish for float32 input
+    a = torch.where(norm > 0, a / norm.clamp_min(1e-300) + _JITTER * noise, noise)
+    eye = torch.eye(k, dtype=a.dtype, device=a.device)
+    for shift in (1e-15, 0.0) if m >= 1.5 * k else (1e-14, 1e-15, 0.0):
+        gram = a.mT @ a
+        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        lower = torch.linalg.cholesky_ex(gram + (shift * k) * mean * eye).L
+        a = a @ torch.linalg.solve_triangular(lower, eye, upper=False).mT
+    return a.float()
+
+
+@implement("small_svd", _KEY)
+def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # LAPACK raises on NaN, and squares inside overflow near the ends of float32: scale, and blank what has no meaning
+    largest = core.abs().amax(dim=(-2, -1), keepdim=True)
+    usable = torch.isfinite(largest) & (largest > 0)
+    scaled = torch.where(usable, core / torch.where(usable, largest, 1.0), 0.0)
+    u, s, vh = torch.linalg.svd(scaled.double())
+    scale = torch.where(usable, largest, torch.where(largest == 0, 0.0, torch.nan))
+    return u.float(), (s * scale.squeeze(-1)).float(), vh.float()

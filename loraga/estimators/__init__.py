@@ -1,0 +1,7 @@
+"""Estimators: a stream of (x, dy) in, factors of the mean gradient out."""
+
+from loraga.estimators.base import Estimate, Estimator, LayerSpec
+from loraga.estimators.dense import Dense
+from loraga.estimators.streaming import Streaming, power_steps, sketch_width
+
+__all__ = ["Dense", "Estimate", "Estimator", "LayerSpec", "Streaming", "power_steps", "sketch_width"]

@@ -1,0 +1,54 @@
+"""What every estimator takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loraga.factors import Factors
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One target layer: its name, gradient shape (m, n), triplets wanted and the device its state lives on."""
+
+    name: str
+    m: int
+    n: int
+    rank: int
+    seed: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is known of a layer's mean gradient when the stream has ended.
+
+    Attributes:
+        factors (`Factors`): the leading triplets of the mean over micro-batches.
+        energy (`float`): estimate of the squared Frobenius norm of that mean, never below that of the factors.
+        updates (`int`): calls that brought a gradient.
+        skipped (`int`): of those, left out because of NaN or Inf.
+    """
+
+    factors: Factors
+    energy: float
+    updates: int
+    skipped: int
+
+
+class Estimator(Protocol):
+    """Sums the gradients of one layer. `update` never waits for the device; `finish` may."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes held between updates."""
+
+    def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
+        """Add scale · dyᵀ x for x (T, n), dy (T, m); returns a 0-dim bool tensor, False where NaN or Inf was met."""
+
+    def finish(self, micro_batches: int) -> Estimate:
+        """The result for the mean over `micro_batches`; the state is freed."""

@@ -1,0 +1,57 @@
+"""The dense estimator: the sum of gradients itself, in one buffer per layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraga import _ops
+from loraga.estimators.base import Estimate, LayerSpec
+from loraga.factors import Factors
+from loraga.linalg import truncated_svd
+
+
+class Dense:
+    """Factors of a sum of gradients from an m x n buffer.
+
+    Args:
+        spec (`LayerSpec`): the layer.
+        dtype (`torch.dtype`): of the buffer. bfloat16 rounds once per micro-batch: sound up to about 256 of them.
+        host (`bool`): keep the buffer in (pinned) host memory and fetch it for each update.
+    """
+
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype = torch.float32, host: bool = False) -> None:
+        self._spec = spec
+        self._host = host and spec.device.type != "cpu"
+        self._g = torch.zeros(
+            spec.m, spec.n, dtype=dtype, device="cpu" if self._host else spec.device, pin_memory=self._host
+        )
+        self._finite: list[Tensor] = []
+
+    @property
+    def state_bytes(self) -> int:
+        return self._g.numel() * self._g.element_size()
+
+    def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
+        if self._host:
+            g = self._g.to(self._spec.device, non_blocking=True)
+            finite = _ops.accumulate_(g, x, dy, scale)
+            self._g.copy_(g, non_blocking=True)  # same stream as the next fetch, so the order is kept
+        else:
+            finite = _ops.accumulate_(self._g, x, dy, scale)
+        self._finite.append(finite)
+        return finite
+
+    def finish(self, micro_batches: int) -> Estimate:
+        g = self._g.to(self._spec.device)
+        factors = truncated_svd(g, self._spec.rank, seed=self._spec.seed)
+        scale = factors.S[0].clamp_min(1e-30)
+        energy = max(float((g / scale).double().square().sum()), float((factors.S / scale).double().square().sum()))
+        result = Estimate(
+            factors=Factors(factors.U, factors.S / micro_batches, factors.Vh),
+            energy=energy * (float(scale) / micro_batches) ** 2,
+            updates=len(self._finite),
+            skipped=int((~torch.stack(self._finite)).sum()),
+        )
+        del self._g
+        return result

@@ -1,0 +1,119 @@
+"""The streaming estimator: the range of a sum of gradients, none of which is ever formed.
+
+Kept per layer: Q (m, k) orthonormal and Z (k, n) with (sum so far) ≈ Q Z. A micro-batch with gradient G_t = dYᵀ X is
+absorbed by one step of subspace iteration on Q Z + G_t, warm-started from the row space of Z (design §4.2):
+
+    V  = orth(Zᵀ)
+    Y  = G_t V + Q (Z V)            left product
+    Q' = orth(Y)
+    Z' = Q'ᵀ G_t + (Q'ᵀ Q) Z        right product
+
+The idea of updating a truncated factorization in place is that of incremental SVD (Brand, 2006); the range finder is
+that of Halko, Martinsson, Tropp (2011), algorithm 4.4, with G applied as a product of two thin matrices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraga import _ops
+from loraga.estimators.base import Estimate, LayerSpec
+from loraga.linalg import test_matrix
+from loraga.linalg.svd import factorize
+
+# Random vectors that G is applied to beside V, to estimate the energy that the sketch does not hold.
+_PROBES = 8
+
+
+def sketch_width(rank: int) -> int:
+    """Columns k of the sketch for `rank` triplets: max(4 rank, rank + 64), that is max(8r, 2r + 64) for LoRA-GA."""
+    return max(4 * rank, rank + 64)
+
+
+def power_steps(update: int, micro_batches: int | None) -> float:
+    """Extra passes over micro-batch number `update` (from 0) beyond one left and one right product.
+
+    A half is a pass with the right product alone.
+    """
+    if micro_batches == 1:
+        return 2
+    return 1 if update == 0 else 0
+
+
+class Streaming:
+    """Factors of a sum of gradients from k (m + n) numbers of state, k = `sketch_width(rank)`.
+
+    Args:
+        spec (`LayerSpec`): the layer.
+        micro_batches (`int`, *optional*): how many updates will come, where that is known; few updates get more
+            power steps each.
+    """
+
+    def __init__(self, spec: LayerSpec, micro_batches: int | None = None) -> None:
+        self._spec = spec
+        self._micro_batches = micro_batches
+        self._k = sketch_width(spec.rank)
+        self._q = torch.zeros(spec.m, self._k, device=spec.device)
+        self._z = torch.zeros(self._k, spec.n, device=spec.device)
+        self._probes = test_matrix(spec.n, _PROBES, spec.seed + 1, spec.device)
+        self._probed = torch.zeros(spec.m, _PROBES, device=spec.device)
+        self._finite: list[Tensor] = []
+
+    @staticmethod
+    def pays(spec: LayerSpec) -> bool:
+        """Is the sketch cheaper than the gradient itself (mn > 2k (m + n), in flops as in bytes)?"""
+        return spec.m * spec.n > 2 * sketch_width(spec.rank) * (spec.m + spec.n)
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self._q, self._z, self._probes, self._probed))
+
+    def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
+        q, z = self._q, self._z
+        if not self._finite:  # nothing summed yet: start from the left, which costs half of a pass
+            start = _ops.right_product(x, dy, test_matrix(self._spec.m, self._k, self._spec.seed, q.device))
+            v, zv = _ops.orthonormalize(torch.nan_to_num(start, 0.0, 0.0, 0.0).mT), None
+        else:
+            v = _ops.orthonormalize(z.mT)
+            zv = z @ v
+        left = _ops.left_product(x, dy, torch.cat((v, self._probes), dim=1)).mul_(scale)
+        finite = torch.isfinite(left).all()
+        probed, y = left[:, self._k :], left[:, : self._k]
+        new_q = self._range(y, zv, finite)
+        for _ in range(int(power_steps(len(self._finite), self._micro_batches))):
+            v = _ops.orthonormalize(self._project(x, dy, scale, new_q).nan_to_num_(0.0, 0.0, 0.0).mT)
+            new_q = self._range(_ops.left_product(x, dy, v).mul_(scale), z @ v, finite)
+        new_z = self._project(x, dy, scale, new_q)
+        finite = finite & torch.isfinite(new_z).all()
+        self._q = torch.where(finite, new_q, q)
+        self._z = torch.where(finite, new_z, z)
+        self._probed += torch.where(finite, probed, 0.0)
+        self._finite.append(finite)
+        return finite
+
+    def _range(self, y: Tensor, zv: Tensor | None, finite: Tensor) -> Tensor:
+        """orth(G_t V + Q (Z V)), from finite numbers in any case."""
+        y = torch.where(finite, y, 0.0)
+        return _ops.orthonormalize(y if zv is None else torch.addmm(y, self._q, zv))
+
+    def _project(self, x: Tensor, dy: Tensor, scale: float, q: Tensor) -> Tensor:
+        """Qᵀ (G_t + Q_old Z_old), the projection of the sum on the range of `q`."""
+        return _ops.right_product(x, dy, q).mul_(scale).addmm_(q.mT @ self._q, self._z)
+
+    def finish(self, micro_batches: int) -> Estimate:
+        factors, spectrum = factorize(self._q, self._z, self._spec.rank)
+        # energy = |QZ|² exactly + E|(I − QQᵀ) G ω|² / E|ω_i|², estimated from the probes (Hutchinson, 1989);
+        # entries of ω are uniform in [-1, 1): variance 1/3
+        scale = spectrum[0].clamp_min(1e-30)
+        outside = (self._probed - self._q @ (self._z @ self._probes)) / scale
+        energy = (spectrum / scale).double().square().sum() + 3 * outside.double().square().sum() / _PROBES
+        finite = torch.stack(self._finite)
+        result = Estimate(
+            factors=type(factors)(factors.U, factors.S / micro_batches, factors.Vh),
+            energy=float(energy * (scale.double() / micro_batches).square()),
+            updates=len(self._finite),
+            skipped=int((~finite).sum()),
+        )
+        del self._q, self._z, self._probed, self._probes
+        return result
