@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import asdict, dataclass
 
 METHODS = ("lora-ga", "lora-one")
@@ -25,7 +25,7 @@ def check_positive(name: str, value: object) -> None:
     """Raise unless `value` is a finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number above 0, not {value!r}.")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name}={value!r} must be finite and above 0.")
 
 
@@ -78,6 +78,13 @@ class InitConfig:
         if self.offset is None:
             object.__setattr__(self, "offset", "none" if self.method == "lora-one" else "anchor")
         check_choice("offset", self.offset, OFFSETS)
+        if self.method == "lora-one":
+            for name, default in (("direction", "ArB2r"), ("scale", "stable")):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} does not go with method='lora-one', which has one of its "
+                        f"own; leave {name} out, or use method='lora-ga'."
+                    )
         if self.method == "lora-one" and self.offset != "none":
             raise ValueError(
                 f"offset={self.offset!r} does not go with method='lora-one', whose start is one gradient step "

@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from .config import InitConfig
-from .factors import Factors
+from loraga.config import InitConfig
+from loraga.factors import Factors
 
 
 def check_rank(name: str, shape: tuple[int, int], rank: int, config: InitConfig) -> None:
@@ -89,7 +89,7 @@ def start(
     for_a, for_b = _directions(rank, config.direction, name, seed)
     size = _scale(factors.shape[0], rank, config, scaling, name, weight_sigma)
     device = top.U.device
-    return top.Vh[for_a.to(device)] * size, top.U[:, for_b.to(device)] * size
+    return (top.Vh[for_a.to(device)] * size).contiguous(), (top.U[:, for_b.to(device)] * size).contiguous()
 
 
 def _lora_one(top: Factors, gamma: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +101,7 @@ def _lora_one(top: Factors, gamma: float, name: str) -> tuple[torch.Tensor, torc
         )
     root = (top.S / largest).sqrt() / math.sqrt(gamma)
     # -G = (-U) S Vh: the minus sign goes to B, so that B A descends.
-    return root[:, None] * top.Vh, -top.U * root
+    return (root[:, None] * top.Vh).contiguous(), (-top.U * root).contiguous()
 
 
 def _directions(rank: int, direction: str, name: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

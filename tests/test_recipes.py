@@ -213,12 +213,12 @@ def test_rank_limits_of_lora_one_and_of_tiny_layers():
 
 def test_start_refuses_what_it_cannot_do():
     factors = exact(gradient((48, 20)))
-    with pytest.raises(ValueError, match="'layer'.*r=4 needs 8 singular triplets, the factors hold 7"):
+    with pytest.raises(ValueError, match=r"'layer'.*r=4 needs 8 singular triplets, the factors hold 7"):
         begin(factors.truncated(7), InitConfig())
-    with pytest.raises(ValueError, match="'layer'.*too small for r=4"):
+    with pytest.raises(ValueError, match=r"'layer'.*too small for r=4"):
         begin(exact(gradient((6, 20))), InitConfig())
     for given in (None, torch.ones(RANK + 1)):
-        with pytest.raises(ValueError, match="'layer'.*needs the 4 largest singular values"):
+        with pytest.raises(ValueError, match=r"'layer'.*needs the 4 largest singular values"):
             begin(factors, InitConfig(scale="weight-svd"), weight_sigma=given)
     for scale in ("gd", "weight-svd"):
         for scaling in (0.0, -2.0, float("nan")):

@@ -50,5 +50,5 @@ class Estimator(Protocol):
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         """Add scale · dyᵀ x for x (T, n), dy (T, m); returns a 0-dim bool tensor, False where NaN or Inf was met."""
 
-    def finish(self, micro_batches: int) -> Estimate:
-        """The result for the mean over `micro_batches`; the state is freed."""
+    def finish(self, divisor: float) -> Estimate:
+        """The result for the sum divided by `divisor`; the state is freed."""

@@ -42,14 +42,14 @@ class Dense:
         self._finite.append(finite)
         return finite
 
-    def finish(self, micro_batches: int) -> Estimate:
+    def finish(self, divisor: float) -> Estimate:
         g = self._g.to(self._spec.device)
         factors = truncated_svd(g, self._spec.rank, seed=self._spec.seed)
         scale = factors.S[0].clamp_min(1e-30)
         energy = max(float((g / scale).double().square().sum()), float((factors.S / scale).double().square().sum()))
         result = Estimate(
-            factors=Factors(factors.U, factors.S / micro_batches, factors.Vh),
-            energy=energy * (float(scale) / micro_batches) ** 2,
+            factors=Factors(factors.U, factors.S / divisor, factors.Vh),
+            energy=energy * (float(scale) / divisor) ** 2,
             updates=len(self._finite),
             skipped=int((~torch.stack(self._finite)).sum()),
         )

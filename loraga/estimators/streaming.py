@@ -101,7 +101,7 @@ class Streaming:
         """Qᵀ (G_t + Q_old Z_old), the projection of the sum on the range of `q`."""
         return _ops.right_product(x, dy, q).mul_(scale).addmm_(q.mT @ self._q, self._z)
 
-    def finish(self, micro_batches: int) -> Estimate:
+    def finish(self, divisor: float) -> Estimate:
         factors, spectrum = factorize(self._q, self._z, self._spec.rank)
         # energy = |QZ|² exactly + E|(I − QQᵀ) G ω|² / E|ω_i|², estimated from the probes (Hutchinson, 1989);
         # entries of ω are uniform in [-1, 1): variance 1/3
@@ -110,8 +110,8 @@ class Streaming:
         energy = (spectrum / scale).double().square().sum() + 3 * outside.double().square().sum() / _PROBES
         finite = torch.stack(self._finite)
         result = Estimate(
-            factors=type(factors)(factors.U, factors.S / micro_batches, factors.Vh),
-            energy=float(energy * (scale.double() / micro_batches).square()),
+            factors=type(factors)(factors.U, factors.S / divisor, factors.Vh),
+            energy=float(energy * (scale.double() / divisor).square()),
             updates=len(self._finite),
             skipped=int((~finite).sum()),
         )

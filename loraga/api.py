@@ -1,0 +1,249 @@
+"""The two calls of the library, from top to bottom: batches → taps → estimators → factors → recipe → offset → adapter."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from loraga import recipes
+from loraga.config import InitConfig
+from loraga.estimation import Estimation, LossFn, estimate
+from loraga.factors import Factors
+from loraga.integrations import peft as adapters
+from loraga.linalg import seed_of, truncated_svd
+from loraga.offsets import AdapterSlot
+from loraga.quiet import rng_untouched
+from loraga.report import INITIALISED, ORDINARY, InitReport, LayerReport, effective_rank
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+
+def fast_init(
+    model: nn.Module,
+    loader: Iterable[Any],
+    lora_config: LoraConfig | None = None,
+    *,
+    init: InitConfig | None = None,
+    loss_fn: LossFn | None = None,
+    max_batches: int | None = None,
+    adapter_name: str = "default",
+    seed: int = 0,
+    show_progress_bar: bool = True,
+) -> PeftModel:
+    """Start a LoRA adapter in the leading singular directions of the full fine-tuning gradient (LoRA-GA).
+
+    A few batches go forward and backward through `model`; the gradient of each target layer's weight is followed by a
+    sketch and never formed (arXiv 2407.05000 for the method, Halko, Martinsson, Tropp 2011 for the sketch). Train the
+    result as any PEFT model, at full fine-tuning's learning rate rather than LoRA's.
+
+    With `init.offset="subtract"` the base weights change; with the default `"anchor"` and with `"zero-b"` they do not.
+
+    Args:
+        model (`nn.Module`): a plain model, which gets adapters as `get_peft_model` would give it, or a `PeftModel`,
+            whose adapter `adapter_name` is initialised anew. Modes, `requires_grad`, `.grad`, hooks and the global
+            random generators are as before afterwards, and the whole model is when anything raises.
+        loader (iterable): of batches. A mapping goes in as `model(**batch)`, its tensors moved to the model's device.
+        lora_config (`peft.LoraConfig`, *optional*): for a plain model; left out, r 8, alpha 16, rsLoRA, all linear
+            layers.
+        init (`InitConfig`, *optional*): method, direction, scale, offset, estimator.
+        loss_fn (callable, *optional*): loss_fn(model, batch) returns the scalar loss. Left out, it is `output.loss`.
+        max_batches (`int`, *optional*): take no more batches than these. The gradient is their mean, each batch
+            weighted the same.
+        adapter_name (`str`): which adapter.
+        seed (`int`): of the sketch and of `direction="random"`. Same seed, same input: same bits.
+        show_progress_bar (`bool`): show progress over batches and layers.
+
+    Returns:
+        `peft.PeftModel` with the attribute `loraga_report` (`loraga.InitReport`).
+
+    Raises:
+        ValueError: no target found, a layer too small for r, no batch, no usable loss, no gradient at any target, NaN
+            or Inf in every batch, an option out of range, an adapter that is not there, or an offset that does not
+            go with the base model. The message names the layer or value and what to do.
+        TypeError: a batch is no mapping and there is no `loss_fn`.
+    """
+    init = _checked(init, max_batches)
+    plain = not isinstance(model, adapters.PeftModel)
+    if not plain and lora_config is not None:
+        raise ValueError(
+            f"The model is a PeftModel already, so adapter {adapter_name!r} keeps its own config; leave lora_config "
+            "out, or pass the base model."
+        )
+    restore = adapters.snapshot(model) if plain else None
+    try:
+        with rng_untouched():
+            peft_model = adapters.inject(model, lora_config, adapter_name) if plain else model
+            adapters.check_adapter(peft_model, adapter_name)
+            slots, unsupported = adapters.find_slots(peft_model, adapter_name)
+            if not slots:
+                raise ValueError(
+                    f"Adapter {adapter_name!r} has no linear layer to initialise; its layers are: "
+                    + "; ".join(f"{name} ({reason})" for name, reason in unsupported.items())
+                )
+            for slot in slots:
+                recipes.check_rank(slot.name, slot.shape, slot.rank, init)
+            with adapters.adapters_disabled(peft_model):
+                estimation = estimate(
+                    model,
+                    {slot.name: slot.base_layer for slot in slots},
+                    {slot.name: init.triplets(slot.rank) for slot in slots},
+                    loader,
+                    init,
+                    loss_fn=loss_fn,
+                    max_batches=max_batches,
+                    seed=seed,
+                    show_progress_bar=show_progress_bar,
+                )
+            report = _report(slots, unsupported, estimation, init, seed)
+            began = time.perf_counter()
+            starts = {
+                layer.name: _start(slot, estimation.estimates[layer.name].factors, init, seed)
+                for slot, layer in zip(slots, report.layers, strict=False)
+                if layer.status == INITIALISED
+            }
+            if not starts:
+                raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")
+            adapters.write_start(peft_model, adapter_name, starts, init.offset)
+            report.seconds["adapter"] = time.perf_counter() - began
+    except BaseException:
+        if restore is not None:
+            restore()
+        raise
+    _warn_about_ordinary(report)
+    peft_model.loraga_report = report
+    return peft_model
+
+
+def estimate_factors(
+    model: nn.Module,
+    loader: Iterable[Any],
+    target_modules: str | Iterable[str] | None = "all-linear",
+    rank: int = 16,
+    *,
+    estimator: str = "streaming",
+    loss_fn: LossFn | None = None,
+    max_batches: int | None = None,
+    seed: int = 0,
+    show_progress_bar: bool = False,
+) -> dict[str, Factors]:
+    """The truncated SVD of each target layer's mean gradient over the batches of `loader`; `model` is left as it was.
+
+    Args:
+        model (`nn.Module`): a plain model or a `PeftModel` (its adapters are switched off meanwhile).
+        loader (iterable): of batches, see [`fast_init`].
+        target_modules (`str` or iterable of `str`, *optional*): in every form PEFT takes: a list of names or suffixes,
+            a regular expression, `"all-linear"`, or `None` for PEFT's defaults for the architecture.
+        rank (`int`): triplets per layer; LoRA-GA at rank r needs 2r.
+        estimator (`str`): `"streaming"` or `"dense"`.
+        loss_fn, max_batches, seed, show_progress_bar: as in [`fast_init`].
+
+    Returns:
+        `dict[str, Factors]`: by module name of `model`: U (m, rank), S (rank,), Vh (rank, n), float32, where (m, n) is
+        (out_features, in_features) also for layers that store the transpose. Layers that saw no gradient are left
+        out, with a warning that names them.
+
+    Raises:
+        ValueError, TypeError: as [`fast_init`].
+    """
+    init = _checked(InitConfig(estimator=estimator), max_batches)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank={rank!r} must be a whole number of at least 1.")
+    targets = adapters.find_target_names(model, target_modules)
+    with rng_untouched(), adapters.adapters_disabled(model):
+        estimation = estimate(
+            model,
+            targets,
+            dict.fromkeys(targets, rank),
+            loader,
+            init,
+            loss_fn=loss_fn,
+            max_batches=max_batches,
+            seed=seed,
+            show_progress_bar=show_progress_bar,
+        )
+    missing = [name for name in targets if name not in estimation.estimates]
+    if missing:
+        warnings.warn(f"No gradient reached {_listed(missing)}: left out of the result.", stacklevel=2)
+    return {name: result.factors for name, result in estimation.estimates.items()}
+
+
+def _checked(init: InitConfig | None, max_batches: int | None) -> InitConfig:
+    if init is not None and not isinstance(init, InitConfig):
+        raise TypeError(f"init must be a loraga.InitConfig, not a {type(init).__name__}.")
+    if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
+        raise ValueError(f"max_batches={max_batches!r} must be a whole number of at least 1, or None for all.")
+    return init or InitConfig()
+
+
+def _start(slot: AdapterSlot, factors: Factors, init: InitConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """A0 (r, n) and B0 (m, r) of one layer."""
+    sigma = None
+    if init.method == "lora-ga" and init.scale == "weight-svd":
+        sigma = truncated_svd(adapters.base_weight(slot), slot.rank, seed=seed_of(seed, slot.name)).S
+    return recipes.start(
+        factors, slot.rank, init, scaling=slot.scaling, name=slot.name, seed=seed, weight_sigma=sigma
+    )
+
+
+def _report(
+    slots: list[AdapterSlot], unsupported: Mapping[str, str], estimation: Estimation, init: InitConfig, seed: int
+) -> InitReport:
+    layers = [_layer_report(slot, estimation) for slot in slots]
+    layers += [LayerReport(name, (0, 0), 0, ORDINARY, reason) for name, reason in unsupported.items()]
+    return InitReport(
+        layers=layers,
+        config=init.to_dict(),
+        seconds=estimation.seconds,
+        state_bytes=estimation.state_bytes,
+        micro_batches=estimation.micro_batches,
+        skipped_batches=estimation.skipped_batches,
+        seed=seed,
+    )
+
+
+def _layer_report(slot: AdapterSlot, estimation: Estimation) -> LayerReport:
+    found = estimation.estimates.get(slot.name)
+    if found is None:
+        reason = "called, but no gradient reached it" if slot.name in estimation.called else "never called"
+        return LayerReport(slot.name, slot.shape, slot.rank, ORDINARY, reason)
+    spectrum = found.factors.S.tolist()
+    reason = ""
+    if found.skipped == found.updates:
+        reason = "every micro-batch had NaN or Inf"
+    elif not spectrum[0] > 0:
+        reason = "gradient is zero"
+    captured = sum((s / spectrum[0]) ** 2 for s in spectrum) / (found.energy / spectrum[0] ** 2) if not reason else None
+    return LayerReport(
+        name=slot.name,
+        shape=slot.shape,
+        rank=slot.rank,
+        status=ORDINARY if reason else INITIALISED,
+        reason=reason,
+        spectrum=spectrum,
+        captured_energy=captured,
+        effective_rank=effective_rank(spectrum),
+        updates=found.updates - found.skipped,
+        skipped=found.skipped,
+    )
+
+
+def _warn_about_ordinary(report: InitReport) -> None:
+    if report.ordinary:
+        listed = _listed([f"{layer.name} ({layer.reason})" for layer in report.ordinary])
+        warnings.warn(f"These layers keep an ordinary LoRA start: {listed}.", stacklevel=3)
+    if report.skipped_batches:
+        warnings.warn(
+            f"{report.skipped_batches} of {report.micro_batches} micro-batches gave NaN or Inf and were left out; "
+            "loraga_report says at which layers.",
+            stacklevel=3,
+        )
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

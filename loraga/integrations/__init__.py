@@ -1,0 +1,1 @@
+"""Rooms that know other libraries; nothing else in loraga imports them."""

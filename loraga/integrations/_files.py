@@ -1,0 +1,155 @@
+"""Adapters on disk: go on training one with a frozen half, and export one at its trainable rank."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import nn
+
+from loraga import offsets
+from loraga.integrations._config import (
+    double_rank,
+    exactly,
+    halve_rank,
+    plain_start,
+    read_side_file,
+    write_side_file,
+)
+from loraga.integrations._slots import check_adapter, check_is_lora, find_slots, ranks_and_alphas
+from loraga.integrations._targets import INNER_PREFIX
+from loraga.offsets import TwoHalves
+from loraga.snapshot import structure
+
+
+def attach_anchor(peft_model: PeftModel, path: str | os.PathLike, adapter_name: str = "default") -> None:
+    """Freeze the second half of an adapter that was read from disk, so that training goes on as before.
+
+    PEFT reads an adapter saved with `offset="anchor"` or `"subtract"` as an ordinary LoRA of twice the rank. That is
+    right for inference; to train on, the frozen half must be frozen again:
+
+    ```py
+    model = PeftModel.from_pretrained(base, path, is_trainable=True)
+    loraga.attach_anchor(model, path)
+    ```
+
+    Call it before making the optimizer or trainer. `base` is the original model in both cases.
+
+    Args:
+        peft_model (`PeftModel`): the adapter as read.
+        path (`str`): the directory it was read from, for its `loraga.json`.
+        adapter_name (`str`): its name in `peft_model`.
+
+    Raises:
+        ValueError: there is no such adapter, no `loraga.json`, or it does not describe this adapter.
+    """
+    check_adapter(peft_model, adapter_name)
+    ranks = read_side_file(path)["trainable_rank"]
+    found, unsupported = find_slots(peft_model, adapter_name)
+    slots = {slot.name: slot for slot in found}
+    for name, rank in ranks.items():
+        slot = slots.get(name)
+        if slot is None:
+            raise ValueError(f"{os.fspath(path)!r} describes layer {name!r}, which adapter {adapter_name!r} lacks.")
+        if isinstance(slot.lora_A, TwoHalves):
+            raise ValueError(f"Adapter {adapter_name!r} has its frozen half attached already (layer {name!r}).")
+        if slot.rank != 2 * rank:
+            raise ValueError(
+                f"Layer {name!r} of adapter {adapter_name!r} has rank {slot.rank}; {os.fspath(path)!r} describes one "
+                f"of rank {2 * rank}. Is this the directory the adapter was read from?"
+            )
+    config = peft_model.peft_config[adapter_name]
+    others = [name for name in (*slots, *unsupported) if name not in ranks]
+    kept = ranks_and_alphas(peft_model, adapter_name, others)
+    chosen = [slots[name] for name in ranks]
+    restore = structure([module for slot in chosen for module in (slot.lora_A, slot.lora_B)])
+    try:
+        for slot in chosen:
+            offsets.split_whole(slot)
+        plain = plain_start(halve_rank(config))
+        peft_model.peft_config[adapter_name] = double_rank(plain, "anchor", ranks, kept)
+    except BaseException:
+        restore()
+        raise
+
+
+def export_adapter(
+    peft_model: PeftModel, output_dir: str | os.PathLike, adapter_name: str = "default", rank: int | None = None
+) -> dict[str, float]:
+    """Write an adapter as a plain PEFT LoRA of a smaller rank, for servers that limit the rank.
+
+    Every layer's update of the original base weights is replaced by its best approximation of that rank (Eckart and
+    Young), found from the factors: no m x n matrix is formed. The model is not changed. Anything else the adapter
+    holds (`modules_to_save`, DoRA magnitudes, layers that are not linear) is written as it is.
+
+    Args:
+        peft_model (`PeftModel`): holds the adapter.
+        output_dir (`str`): directory to write to; made if missing.
+        adapter_name (`str`): the adapter's name.
+        rank (`int`, *optional*): of the export; by default the rank that was trained, layer by layer.
+
+    Returns:
+        `dict[str, float]`: relative Frobenius error of each layer's update, by layer name; also in `loraga.json`.
+
+    Raises:
+        ValueError: there is no such adapter or layer, or `rank` is below 1.
+    """
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank={rank} must be at least 1.")
+    check_is_lora(peft_model, adapter_name)
+    slots, unsupported = find_slots(peft_model, adapter_name)
+    config = _config_of_rank(
+        peft_model.peft_config[adapter_name], rank, ranks_and_alphas(peft_model, adapter_name, unsupported)
+    )
+    weights = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
+    errors: dict[str, float] = {}
+    for slot in slots:
+        A, B, errors[slot.name] = _best_approximation(_whole(slot.lora_A), _whole(slot.lora_B), rank or slot.rank)
+        if rank is not None:
+            # one alpha for all layers: what a layer's scaling was beyond it moves into B
+            B *= slot.scaling / (config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank))
+        key = f"{INNER_PREFIX}{slot.name}.lora_"
+        weights[f"{key}A.weight"] = A.to(slot.lora_A.weight.dtype)
+        weights[f"{key}B.weight"] = B.to(slot.lora_B.weight.dtype)
+    os.makedirs(output_dir, exist_ok=True)
+    peft_model.create_or_update_model_card(os.fspath(output_dir))
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
+    save_file(tensors, os.path.join(output_dir, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+    config.save_pretrained(os.fspath(output_dir))
+    write_side_file(output_dir, {"offset": "export", "relative_error": errors})
+    return errors
+
+
+def _whole(linear: nn.Linear) -> torch.Tensor:
+    return linear.whole() if isinstance(linear, TwoHalves) else linear.weight
+
+
+def _best_approximation(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The best A (rank, n), B (m, rank) for the product B A, and the relative error; in float64 on the host."""
+    Q_B, R_B = torch.linalg.qr(B.detach().to("cpu", torch.float64))
+    Q_A, R_A = torch.linalg.qr(A.detach().to("cpu", torch.float64).T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+    root = S[:rank].sqrt()
+    best_A = root[:, None] * (Vh[: len(root)] @ Q_A.T)
+    best_B = (Q_B @ U[:, : len(root)]) * root
+    missing = rank - len(root)
+    best_A = nn.functional.pad(best_A, (0, 0, 0, missing))
+    best_B = nn.functional.pad(best_B, (0, missing))
+    total = float(S.norm())
+    return best_A, best_B, float(S[rank:].norm()) / total if total else 0.0
+
+
+def _config_of_rank(config: LoraConfig, rank: int | None, kept: dict[str, tuple[int, float]]) -> LoraConfig:
+    """The config of the export: the trained one, or one rank for all layers but those in `kept`."""
+    plain = plain_start(config)
+    if rank is not None:
+        grown = rank / plain.r
+        plain.lora_alpha *= math.sqrt(grown) if plain.use_rslora else grown
+        plain.r = rank
+        plain.rank_pattern = {exactly(name): r for name, (r, _) in kept.items()}
+        plain.alpha_pattern = {exactly(name): alpha for name, (_, alpha) in kept.items()}
+    return plain

@@ -1,0 +1,176 @@
+"""Which modules PEFT adapts, and putting a fresh adapter there."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loraga.snapshot import snapshot
+
+# module names inside a PeftModel start with this
+INNER_PREFIX = "base_model.model."
+# the ordinary starts that PEFT may give layers which we do not initialise
+_ORDINARY_STARTS = (True, "gaussian")
+
+
+def find_target_modules(
+    model: nn.Module,
+    target_modules: str | Iterable[str] | None = "all-linear",
+    exclude_modules: str | Iterable[str] | None = None,
+) -> dict[str, nn.Module]:
+    """Linear-like modules of `model` that PEFT would adapt. The model is not changed.
+
+    Args:
+        model (`nn.Module`): a plain model or a `PeftModel`.
+        target_modules (`str`, list of `str` or `None`): as in `LoraConfig`: name suffixes, a regular expression,
+            `"all-linear"`, or `None` for PEFT's default of this model type.
+        exclude_modules (`str` or list of `str`, *optional*): as in `LoraConfig`.
+
+    Returns:
+        `dict[str, nn.Module]`: by module name in `model`, in the model's order. Where an adapter sits around the
+        module, the name is the adapter layer's and the module is the target inside it. What PEFT could adapt but is
+        not linear (embeddings, convolutions) is left out.
+
+    Raises:
+        ValueError: nothing linear matches, or PEFT has no default for this model type.
+    """
+    config = LoraConfig(
+        target_modules=_plain_targets(target_modules),
+        exclude_modules=_plain_targets(exclude_modules),
+    )
+    base, prefix = (model.base_model.model, INNER_PREFIX) if isinstance(model, PeftModel) else (model, "")
+    targets = {
+        prefix + name: _inner(module) for name, module in _matches(base, config) if is_linear_like(_inner(module))
+    }
+    if not targets:
+        raise ValueError(_nothing_found(base, config, target_modules))
+    return targets
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether `model` is a `PeftModel`."""
+    return isinstance(model, PeftModel)
+
+
+def inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) -> PeftModel:
+    """Put a fresh LoRA adapter into a plain model, in place, as `get_peft_model` does.
+
+    Args:
+        model (`nn.Module`): without adapters.
+        lora_config (`LoraConfig`, *optional*): not changed; `None` means r 8, alpha 16, rsLoRA, all linear layers.
+        adapter_name (`str`): its name.
+
+    Raises:
+        TypeError: `lora_config` is no `LoraConfig`, or `model` no plain module.
+        ValueError: no target is found, or the model carries adapters already. The model is as before then.
+    """
+    if isinstance(model, PeftModel):
+        raise TypeError("inject needs a plain model; this one is a PeftModel with adapters of its own.")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("This model carries PEFT layers already; pass the PeftModel around it, or unload() it first.")
+    if lora_config is None:
+        lora_config = LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear")
+    if not isinstance(lora_config, LoraConfig):
+        raise TypeError(f"lora_config must be a peft.LoraConfig, not {type(lora_config).__name__}.")
+    config = _ordinary(lora_config)
+    asked = config.target_modules
+    _resolve_targets(model, config)
+    if not config.target_parameters and not any(True for _ in _matches(model, config)):
+        raise ValueError(_nothing_found(model, config, asked))
+    restore = snapshot(model)
+    try:
+        return get_peft_model(model, config, adapter_name=adapter_name)
+    except BaseException:
+        restore()
+        raise
+
+
+def _ordinary(lora_config: LoraConfig) -> LoraConfig:
+    """A copy of the user's config whose injection neither reads gradients nor touches base weights."""
+    config = copy.deepcopy(lora_config)
+    start = config.init_lora_weights
+    if start not in _ORDINARY_STARTS:
+        if start not in (False, "lora_ga"):
+            warnings.warn(
+                f"init_lora_weights={start!r} is left aside: loraga sets the start of this adapter. Leave it out of "
+                "the LoraConfig, or use get_peft_model for that start.",
+                stacklevel=4,
+            )
+        config.init_lora_weights = True
+    if getattr(config, "lora_ga_config", None) is not None:
+        config.lora_ga_config = None
+    return config
+
+
+def _plain_targets(targets: str | Iterable[str] | None) -> str | list[str] | None:
+    return targets if targets is None or isinstance(targets, str) else list(targets)
+
+
+def _resolve_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Spell out `None` and "all-linear" as PEFT would, also for models that PEFT does not know."""
+    targets = config.target_modules
+    if targets is None and not config.target_parameters:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        if defaults is None:
+            raise ValueError(
+                f"PEFT has no default target_modules for {type(model).__name__} (model type {model_type!r}); name them "
+                "in the LoraConfig, or use target_modules='all-linear'."
+            )
+        config.target_modules = defaults if isinstance(defaults, str) else set(defaults)
+    elif isinstance(targets, str) and targets.lower() == "all-linear":
+        _maybe_include_all_linear_layers(config, model)
+        names = set(config.target_modules) - {""} - _output_layer_names(model)
+        config.target_modules = names
+
+
+def _output_layer_names(model: nn.Module) -> set[str]:
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        output = find() if find is not None else None
+    except NotImplementedError:
+        output = None
+    return {name for name, module in model.named_modules() if output is not None and module is output}
+
+
+def _matches(base: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Modules PEFT would put an adapter around; `config.target_modules` is spelled out on the way."""
+    _resolve_targets(base, config)
+    inside: tuple[str, ...] = ()
+    for name, module in base.named_modules():
+        if not name or name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, name + ".")
+        if check_target_module_exists(config, name):
+            yield name, module
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D)) or (
+        hasattr(module, "in_features") and hasattr(module, "out_features")
+    )
+
+
+def _nothing_found(model: nn.Module, config: LoraConfig, asked: Any) -> str:
+    linear = [name for name, module in model.named_modules() if name and is_linear_like(module)]
+    known = ", ".join(repr(name) for name in linear[:4]) or "no linear layer at all"
+    text = f"target_modules={asked!r} finds no linear layer in {type(model).__name__}, which has {known}"
+    text += f" and {len(linear) - 4} more." if len(linear) > 4 else "."
+    for option in ("exclude_modules", "modules_to_save", "layers_to_transform"):
+        value = getattr(config, option, None)
+        if value is not None:
+            text += f" Note {option}={value!r}."
+    return text

@@ -1,0 +1,234 @@
+"""Write the start of an adapter: every layer or none."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+
+from loraga import offsets
+from loraga.config import OFFSETS, check_choice
+from loraga.integrations._config import TwoHalvesConfig, alpha_factor, double_rank, plain_start
+from loraga.integrations._slots import (
+    check_adapter,
+    check_not_merged,
+    find_slots,
+    quantized,
+    ranks_and_alphas,
+    short_name,
+)
+from loraga.offsets import AdapterSlot, AnchoredLinear, ShiftedLinear, TwoHalves
+from loraga.snapshot import structure, tensors
+
+Start = tuple[torch.Tensor, torch.Tensor]
+
+_WRITERS = {
+    "anchor": offsets.write_anchor,
+    "subtract": offsets.write_subtract,
+    "zero-b": offsets.write_zero_b,
+    "none": offsets.write_none,
+}
+_KINDS: dict[str, type[TwoHalves]] = {"anchor": AnchoredLinear, "subtract": ShiftedLinear}
+
+
+def write_start(peft_model: PeftModel, adapter_name: str, starts: Mapping[str, Start], offset: str) -> None:
+    """Give the layers of an adapter their start; all of them, or none if anything fails.
+
+    With `"subtract"` the base weights change; while it runs, a copy of them is held in host memory.
+
+    Args:
+        peft_model (`PeftModel`): holds the adapter.
+        adapter_name (`str`): its name.
+        starts (`dict[str, tuple[Tensor, Tensor]]`): A0 (r, n) and B0 (m, r) by `AdapterSlot.name`. Layers that are
+            missing stay an ordinary LoRA.
+        offset (`str`): `"anchor"`, `"subtract"`, `"zero-b"` or `"none"`.
+
+    Raises:
+        ValueError: the adapter cannot be initialised (see `check_adapter`), the offset does not go with the model
+            (see `check_offset`), or a name, shape or value in `starts` does not fit.
+    """
+    check_adapter(peft_model, adapter_name)
+    check_offset(peft_model, adapter_name, offset)
+    slots, unsupported = find_slots(peft_model, adapter_name)
+    _check_starts(slots, starts)
+    if offset == "subtract":
+        _warn_of_dropout(slots, adapter_name)
+    config = peft_model.peft_config[adapter_name]
+    undo = _remember(slots, adapter_name, base_too=offset == "subtract")
+    try:
+        plain = plain_start(config)
+        for slot in slots:
+            _make_plain(slot, adapter_name, alpha_factor(plain))
+            if slot.name in starts:
+                _reset_magnitude(slot, adapter_name)
+                _WRITERS[offset](slot, *starts[slot.name])
+            elif offset in _KINDS:
+                offsets.freeze_nothing(slot, _KINDS[offset])
+        if offset == "anchor":
+            for slot in slots:
+                _set_rank(slot, adapter_name, 2, alpha_factor(plain))
+        if offset in _KINDS:
+            kept = ranks_and_alphas(peft_model, adapter_name, unsupported)
+            plain = double_rank(plain, offset, {slot.name: slot.rank for slot in slots}, kept)
+        peft_model.peft_config[adapter_name] = plain
+    except BaseException:
+        for restore in undo:
+            restore()
+        peft_model.peft_config[adapter_name] = config
+        raise
+
+
+def restore_base(peft_model: PeftModel, adapter_name: str = "default") -> None:
+    """Give the base model its weights back after `offset="subtract"`, by turning the adapter into `anchor`.
+
+    The model's function stays what it is. The weights come back to within rounding of their dtype, not bit for bit;
+    for the very same bits load the base model again. Call this before `unload()`, `delete_adapter()` or
+    `disable_adapter()`, which otherwise leave the shifted weights. The trained parameters stay the same objects.
+
+    Args:
+        peft_model (`PeftModel`): holds the adapter.
+        adapter_name (`str`): its name.
+
+    Raises:
+        ValueError: the adapter was not initialised with `"subtract"`, or adapters are merged.
+    """
+    config = peft_model.peft_config.get(adapter_name)
+    if not isinstance(config, TwoHalvesConfig) or config.offset != "subtract":
+        raise ValueError(f"Adapter {adapter_name!r} was not initialised with offset='subtract'; nothing to restore.")
+    check_not_merged(peft_model)
+    slots = [slot for slot in find_slots(peft_model, adapter_name)[0] if isinstance(slot.lora_A, ShiftedLinear)]
+    undo = _remember(slots, adapter_name, base_too=True)
+    try:
+        for slot in slots:
+            offsets.unshift(slot)
+            _set_rank(slot, adapter_name, 2, alpha_factor(config))
+        config.offset = "anchor"
+    except BaseException:
+        for restore in undo:
+            restore()
+        raise
+
+
+def _remember(slots: list[AdapterSlot], adapter_name: str, base_too: bool) -> tuple[Callable[[], None], ...]:
+    """What puts these layers back, values and structure."""
+    modules: list[nn.Module] = []
+    values: list[torch.Tensor] = []
+    for slot in slots:
+        parts: list[nn.Module] = [slot.lora_A, slot.lora_B]
+        magnitude = _magnitude(slot, adapter_name)
+        if magnitude is not None:
+            parts.append(magnitude)
+        modules += [slot.layer, *parts]
+        values += [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+        if base_too:
+            values.append(slot.base_layer.weight)
+    # values last: by then the parameters are where they were
+    return structure(modules), tensors(values)
+
+
+def _check_starts(slots: list[AdapterSlot], starts: Mapping[str, Start]) -> None:
+    by_name = {slot.name: slot for slot in slots}
+    for name, (A0, B0) in starts.items():
+        slot = by_name.get(name)
+        if slot is None:
+            raise ValueError(f"There is a start for {name!r}, which is no linear layer of this adapter.")
+        (m, n), r = slot.shape, slot.rank
+        if A0.shape != (r, n) or B0.shape != (m, r):
+            raise ValueError(
+                f"The start of {name!r} has shapes {tuple(A0.shape)} and {tuple(B0.shape)}; its adapter needs "
+                f"A ({r}, {n}) and B ({m}, {r})."
+            )
+        if not (torch.isfinite(A0).all() and torch.isfinite(B0).all()):
+            raise ValueError(f"The start of {name!r} has NaN or Inf in it.")
+
+
+def check_offset(peft_model: PeftModel, adapter_name: str, offset: str) -> None:
+    """Raise `ValueError` unless `offset` can be applied: any but `"subtract"` can, always.
+
+    `"subtract"` needs base weights that are not quantized, not shared with another module, and not used by other
+    adapters. The message names the layer and the offsets that work.
+    """
+    check_choice("offset", offset, OFFSETS)
+    if offset == "subtract":
+        _check_subtractable(peft_model, adapter_name, find_slots(peft_model, adapter_name)[0])
+
+
+def _check_subtractable(peft_model: PeftModel, adapter_name: str, slots: list[AdapterSlot]) -> None:
+    others = [name for name in peft_model.peft_config if name != adapter_name]
+    if others:
+        raise ValueError(
+            f"offset='subtract' changes the base weights, and with them what adapter {others[0]!r} beside "
+            f"{adapter_name!r} computes. Use offset='anchor' or 'zero-b', which leave the base as it is."
+        )
+    for slot in slots:
+        if quantized(slot):
+            raise ValueError(
+                f"offset='subtract' cannot change the quantized weight of {slot.name!r} "
+                f"({type(slot.base_layer).__name__}). Use offset='anchor' or 'zero-b', which leave it as it is."
+            )
+    owners = defaultdict(list)
+    for name, parameter in peft_model.named_parameters(remove_duplicate=False):
+        if not parameter.is_meta and parameter.numel():
+            owners[parameter.device, parameter.data_ptr()].append(short_name(name))
+    for slot in slots:
+        weight = slot.base_layer.weight
+        if weight.is_meta:
+            raise ValueError(f"offset='subtract' cannot change the weight of {slot.name!r}, which is not in memory.")
+        names = owners[weight.device, weight.data_ptr()]
+        if len(names) > 1:
+            raise ValueError(
+                f"offset='subtract' cannot change the weight of {names[0]!r} alone: {names[1]!r} shares it. Exclude "
+                "one (exclude_modules) or use offset='anchor', which leaves the base as it is."
+            )
+
+
+def _warn_of_dropout(slots: list[AdapterSlot], adapter_name: str) -> None:
+    rate = max((getattr(slot.layer.lora_dropout[adapter_name], "p", 0.0) for slot in slots), default=0.0)
+    if rate:
+        warnings.warn(
+            f"offset='subtract' with lora_dropout={rate}: in training mode, what was subtracted from the base and what "
+            "the adapter adds do not cancel under dropout. Use lora_dropout=0 or offset='anchor'.",
+            stacklevel=4,
+        )
+
+
+def _make_plain(slot: AdapterSlot, adapter_name: str, factor: float) -> None:
+    """Undo an earlier anchor, and give weights to an adapter that PEFT made with `low_cpu_mem_usage=True`."""
+    if isinstance(slot.lora_A, AnchoredLinear):
+        offsets.drop_anchor(slot)
+        _set_rank(slot, adapter_name, 1, 1 / factor)
+    if slot.lora_A.weight.is_meta:
+        device = slot.base_layer.weight.device
+        for linear in (slot.lora_A, slot.lora_B):
+            linear.to_empty(device=device)
+        slot.layer.reset_lora_parameters(adapter_name, True)
+        magnitude = _magnitude(slot, adapter_name)
+        if magnitude is not None:
+            magnitude.to_empty(device=device)
+            _reset_magnitude(slot, adapter_name)
+
+
+def _set_rank(slot: AdapterSlot, adapter_name: str, times: int, alpha_times: float) -> None:
+    slot.layer.r[adapter_name] = times * slot.rank
+    slot.layer.lora_alpha[adapter_name] *= alpha_times
+
+
+def _magnitude(slot: AdapterSlot, adapter_name: str) -> Any:
+    magnitudes = dict(slot.layer.lora_magnitude_vector.items())
+    return magnitudes.get(adapter_name)
+
+
+def _reset_magnitude(slot: AdapterSlot, adapter_name: str) -> None:
+    """DoRA's magnitude is the norm of the weight as it is now: the base's, whatever was trained before."""
+    magnitude = _magnitude(slot, adapter_name)
+    if magnitude is not None:
+        with torch.no_grad():
+            weight = dequantize_module_weight(slot.base_layer)
+            nothing = torch.zeros((), device=weight.device, dtype=weight.dtype)
+            magnitude.weight.copy_(magnitude.get_weight_norm(weight, nothing, slot.scaling))

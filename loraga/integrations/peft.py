@@ -1,0 +1,32 @@
+"""The room that knows PEFT: find targets, inject an adapter, write its start, read and write its files.
+
+Nothing outside `loraga.integrations` imports peft; other rooms import these names.
+"""
+
+from __future__ import annotations
+
+from peft import PeftModel
+
+from loraga.integrations._files import attach_anchor, export_adapter
+from loraga.integrations._slots import adapters_disabled, base_weight, check_adapter, find_slots, quantized
+from loraga.integrations._targets import find_target_modules, inject, is_peft_model
+from loraga.integrations._writing import check_offset, restore_base, write_start
+from loraga.snapshot import snapshot
+
+__all__ = [
+    "PeftModel",
+    "adapters_disabled",
+    "attach_anchor",
+    "base_weight",
+    "check_adapter",
+    "check_offset",
+    "export_adapter",
+    "find_slots",
+    "find_target_modules",
+    "inject",
+    "is_peft_model",
+    "quantized",
+    "restore_base",
+    "snapshot",
+    "write_start",
+]

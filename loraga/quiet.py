@@ -1,0 +1,84 @@
+"""A model held still while it is looked at: nothing random, nothing learned, and everything put back afterwards."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def rng_untouched() -> Iterator[None]:
+    """Put the global generators of Python, NumPy and torch (CPU and CUDA) back on leaving."""
+    python, host = random.getstate(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        torch.set_rng_state(host)
+        if devices is not None:
+            torch.cuda.set_rng_state_all(devices)
+        if numpy is not None and numpy_state is not None:
+            numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Freeze parameters and switch off what is random or keeps statistics, for the time of the context.
+
+    All modules are put into eval mode (no dropout, BatchNorm statistics stand still) except where training mode is
+    what makes the code path work: modules that checkpoint activations only while training (transformers), and
+    recurrent layers, whose cuDNN backward exists only in training mode. On those the dropout rates are set to zero
+    instead. Gradients are enabled also where the caller had disabled them. Modes, `requires_grad` and rates are as
+    before afterwards, whatever happens inside.
+    """
+    with ExitStack() as undo:
+        checkpointing = False
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+            checkpoints = bool(getattr(module, "gradient_checkpointing", False))
+            checkpointing |= checkpoints
+            module.training = checkpoints or isinstance(module, nn.RNNBase)
+            if module.training:
+                for owner in (module, getattr(module, "config", None)):
+                    _zero_rates(owner, undo.callback)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                undo.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
+        if checkpointing:
+            _let_gradients_start_at_embeddings(model, undo)
+        undo.enter_context(torch.inference_mode(False))
+        undo.enter_context(torch.enable_grad())
+        yield
+
+
+def _zero_rates(owner: Any, later: Callable[..., Any]) -> None:
+    for key, value in list(getattr(owner, "__dict__", {}).items()):
+        if isinstance(value, float) and ("dropout" in key or "layerdrop" in key) and value != 0.0:
+            later(setattr, owner, key, value)
+            setattr(owner, key, 0.0)
+
+
+def _let_gradients_start_at_embeddings(model: nn.Module, undo: ExitStack) -> None:
+    """Reentrant checkpointing builds no graph for blocks whose inputs need no gradient."""
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        embeddings = find() if find is not None else None
+    except NotImplementedError:
+        embeddings = None
+    if isinstance(embeddings, nn.Module):
+
+        def require(_module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.is_floating_point() and torch.is_grad_enabled():
+                output.requires_grad_(True)
+
+        undo.callback(embeddings.register_forward_hook(require).remove)
