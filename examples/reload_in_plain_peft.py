@@ -21,6 +21,7 @@ from training import logits_of
 
 
 def main(adapter_dir: str, batches_file: str, logits_file: str) -> None:
+    minilm.quiet()
     # None in sys.modules is Python's own way to say "this module cannot be imported".
     with patch.dict(sys.modules, {"loraga": None}):
         # Another seed than any the demo trains with: the head has to come out of the adapter's files.

@@ -154,7 +154,7 @@ def _strip(axes: Axes, layers: Sequence[LayerReport], colour: dict[str, Any], de
         shares[y].append(share)
         # Within a row the first block is on top, the last one at the bottom.
         offset = 0.6 * (depth[layer.name] / max(1, max(depth.values())) - 0.5)
-        axes.plot(share, y + offset, "o", markersize=4.5, color=colour[layer.name], alpha=0.8, markeredgewidth=0)
+        axes.plot(share, y + offset, "o", markersize=4.5, color=colour[layer.name], alpha=0.8, mew=0, clip_on=False)
     for y, values in shares.items():
         axes.plot([median(values)] * 2, [y - 0.38, y + 0.38], color="black", linewidth=2)
     ordinary = Counter(row.get(kind(layer.name), len(kinds) - 1) for layer in layers if not layer.initialised)

@@ -14,7 +14,6 @@ modules PEFT made (hooks, devices and the trained parameter are kept); only thei
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -38,7 +37,6 @@ class AdapterSlot:
         rank (`int`): the trainable rank.
         scaling (`float`): PEFT's s.
         shape (`tuple[int, int]`): (m, n) = (out_features, in_features) of the target.
-        weight (callable): gives W as (m, n) in float32 or wider, dequantized where it is quantized.
     """
 
     name: str
@@ -50,7 +48,6 @@ class AdapterSlot:
     rank: int
     scaling: float
     shape: tuple[int, int]
-    weight: Callable[[], torch.Tensor]
 
 
 class TwoHalves(nn.Linear):

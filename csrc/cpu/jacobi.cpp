@@ -3,7 +3,7 @@
 #include <cmath>
 #include <limits>
 
-#include "loraga/error.hpp"
+#include "loraga/jacobi_checks.hpp"
 #include "loraga/jacobi_steps.hpp"
 
 namespace loraga::cpu {
@@ -174,14 +174,12 @@ JacobiStatus decompose(const float* core, float* u, float* s, float* vh, int k, 
 }  // namespace
 
 std::size_t jacobi_svd_workspace(std::int64_t batch, int k) {
-    LORAGA_REQUIRE(batch >= 0, "batch is " << batch);
-    LORAGA_REQUIRE(k >= 1 && k <= kJacobiMaxK, "k is " << k << ", allowed are 1 to " << kJacobiMaxK);
+    check_jacobi_shape(batch, k);
     return batch == 0 ? 0 : Scratch::count(k) * sizeof(double);
 }
 
 void jacobi_svd(const JacobiProblem& problem, const JacobiOptions& options, Workspace workspace) {
-    const std::size_t needed = jacobi_svd_workspace(problem.batch, problem.k);
-    LORAGA_REQUIRE(workspace.bytes >= needed, "the workspace has " << workspace.bytes << " bytes of " << needed);
+    check_jacobi_call(options, jacobi_svd_workspace(problem.batch, problem.k), workspace);
     if (problem.batch == 0) return;
     const std::int64_t k = problem.k;
     const Scratch scratch(static_cast<double*>(workspace.data), static_cast<std::size_t>(k));

@@ -5,7 +5,7 @@
 
 #include "jacobi_block.cuh"
 #include "loraga/cuda_support.cuh"
-#include "loraga/error.hpp"
+#include "loraga/jacobi_checks.hpp"
 
 namespace loraga::cuda {
 namespace {
@@ -28,8 +28,7 @@ struct Plan {
 };
 
 Plan make_plan(std::int64_t batch, int k, int device) {
-    LORAGA_REQUIRE(batch >= 0, "batch is " << batch);
-    LORAGA_REQUIRE(k >= 1 && k <= kJacobiMaxK, "k is " << k << ", allowed are 1 to " << kJacobiMaxK);
+    check_jacobi_shape(batch, k);
     if (batch == 0) return {};
     int shared_limit = 0, processors = 0, resident = 0;
     cudaFuncAttributes attributes;
@@ -62,8 +61,7 @@ std::size_t jacobi_svd_workspace(std::int64_t batch, int k, Target target) {
 void jacobi_svd(const JacobiProblem& problem, const JacobiOptions& options, Workspace workspace, Target target) {
     const DeviceGuard guard(target.device);
     const Plan plan = make_plan(problem.batch, problem.k, target.device);
-    LORAGA_REQUIRE(workspace.bytes >= plan.workspace_bytes,
-                   "the workspace has " << workspace.bytes << " bytes of " << plan.workspace_bytes);
+    check_jacobi_call(options, plan.workspace_bytes, workspace);
     if (problem.batch == 0) return;
     jacobi_kernel<<<plan.blocks, plan.threads, plan.shared_bytes, static_cast<cudaStream_t>(target.stream)>>>(
         problem, options, plan.arrays_in_shared, static_cast<double*>(workspace.data));

@@ -1,7 +1,9 @@
 // The Jacobi SVD of one matrix by one thread block, one warp per pair of rows. cpu/jacobi.cpp is the same algorithm in
 // plain loops: read that first. This file holds device code only and launches nothing, so that the tests can run it on
-// emulated threads.
+// emulated threads (tests/native/emulation).
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include "loraga/jacobi_steps.hpp"
 
@@ -207,7 +209,6 @@ __device__ inline JacobiStatus decompose(const float* core, float* u, float* s, 
     for (int i = 0; rotated && i < options.max_sweeps; ++i)
         rotated = sweep(rows, basis, k, negligible, options.tolerance);
 
-    __syncthreads();  // with k = 1 and no sweep, a slow thread may still be summing book.sigma
     for (int j = warp_index(); j < k; j += warp_count()) {
         double* row = rows + j * k;
         const double square = warp_dot(row, row, k);

@@ -103,4 +103,4 @@ def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scaled = torch.where(usable, core / torch.where(usable, largest, 1.0), 0.0)
     u, s, vh = torch.linalg.svd(scaled.double())
     scale = torch.where(usable, largest, torch.where(largest == 0, 0.0, torch.nan))
-    return u.float(), (s * scale.squeeze(-1)).float(), vh.float()
+    return u.float().contiguous(), (s * scale.squeeze(-1)).float(), vh.float().contiguous()

@@ -31,14 +31,13 @@ def sketch_width(rank: int) -> int:
     return max(4 * rank, rank + 64)
 
 
-def power_steps(update: int, micro_batches: int | None) -> float:
-    """Extra passes over micro-batch number `update` (from 0) beyond one left and one right product.
+def power_steps(micro_batches: int | None) -> int:
+    """Extra passes over a micro-batch beyond one right product to start from and one left and right product each.
 
-    A half is a pass with the right product alone.
+    The warm start makes every further micro-batch a power step for the ones before it, so only a single one needs a
+    step of its own (measured: docs/numerics.md).
     """
-    if micro_batches == 1:
-        return 2
-    return 1 if update == 0 else 0
+    return 1 if micro_batches == 1 else 0
 
 
 class Streaming:
@@ -46,8 +45,8 @@ class Streaming:
 
     Args:
         spec (`LayerSpec`): the layer.
-        micro_batches (`int`, *optional*): how many updates will come, where that is known; few updates get more
-            power steps each.
+        micro_batches (`int`, *optional*): how many updates will come, where that is known; a single one gets a power
+            step.
     """
 
     def __init__(self, spec: LayerSpec, micro_batches: int | None = None) -> None:
@@ -81,7 +80,7 @@ class Streaming:
         finite = torch.isfinite(left).all()
         probed, y = left[:, self._k :], left[:, : self._k]
         new_q = self._range(y, zv, finite)
-        for _ in range(int(power_steps(len(self._finite), self._micro_batches))):
+        for _ in range(power_steps(self._micro_batches)):
             v = _ops.orthonormalize(self._project(x, dy, scale, new_q).nan_to_num_(0.0, 0.0, 0.0).mT)
             new_q = self._range(_ops.left_product(x, dy, v).mul_(scale), z @ v, finite)
         new_z = self._project(x, dy, scale, new_q)

@@ -69,7 +69,7 @@ def read_side_file(directory: str | os.PathLike) -> dict[str, Any]:
 
 def plain_start(config: LoraConfig) -> LoraConfig:
     """A copy of `config` at the trainable rank, whose saved form says nothing of how the adapter was started."""
-    plain = copy.copy(config.plain if isinstance(config, TwoHalvesConfig) else config)
+    plain = copy.copy(getattr(config, "plain", config))
     plain.init_lora_weights = True
     for option in ("lora_ga_config", "eva_config", "corda_config"):
         if getattr(plain, option, None) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
-from peft.utils.integrations import dequantize_module_weight
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -117,20 +115,18 @@ def _slot(name: str, layer: LoraLayer, adapter_name: str) -> AdapterSlot:
         rank=trained.shape[0],
         scaling=layer.scaling[adapter_name],
         shape=(lora_B.out_features, lora_A.in_features),
-        weight=functools.partial(_weight, layer),
     )
 
 
-def _weight(layer: LoraLayer) -> torch.Tensor:
-    weight = dequantize_module_weight(layer.get_base_layer()).detach()
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return weight.T if getattr(layer, "fan_in_fan_out", False) else weight
-
-
 def ranks_and_alphas(peft_model: PeftModel, adapter_name: str, names: Iterable[str]) -> dict[str, tuple[int, float]]:
-    """PEFT's r and alpha of layers of an adapter, by module name in the base model."""
-    layers = dict(peft_model.base_model.model.named_modules())
-    return {name: (layers[name].r[adapter_name], layers[name].lora_alpha[adapter_name]) for name in names}
+    """PEFT's r and alpha of layers of an adapter, by the name that PEFT matches with `rank_pattern`."""
+    found = {}
+    for name in names:
+        layer = peft_model.base_model.model.get_submodule(name)
+        parameter = getattr(layer, "parameter_name", None)
+        key = f"{name.replace('.base_layer', '')}.{parameter}" if parameter else name
+        found[key] = layer.r[adapter_name], layer.lora_alpha[adapter_name]
+    return found
 
 
 def quantized(slot: AdapterSlot) -> bool:
@@ -148,8 +144,17 @@ def quantized(slot: AdapterSlot) -> bool:
 
 
 def base_weight(slot: AdapterSlot) -> torch.Tensor:
-    """The target's weight W (m, n), dequantized where it is stored otherwise."""
+    """The target's weight W (m, n), dequantized where it is stored otherwise.
+
+    Raises:
+        ValueError: its storage format is not known to PEFT.
+    """
     weight = dequantize_module_weight(slot.base_layer).detach()
+    if not weight.is_floating_point() or tuple(weight.shape) != (slot.shape[::-1] if slot.transposed else slot.shape):
+        raise ValueError(
+            f"The weight of {slot.name!r} ({type(slot.base_layer).__name__}) is stored in a form that PEFT cannot "
+            "dequantize; use a scale other than 'weight-svd'."
+        )
     return weight.mT if slot.transposed else weight
 
 

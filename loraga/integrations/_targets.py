@@ -21,7 +21,7 @@ INNER_PREFIX = "base_model.model."
 _ORDINARY_STARTS = (True, "gaussian")
 
 
-def find_target_modules(
+def find_target_names(
     model: nn.Module,
     target_modules: str | Iterable[str] | None = "all-linear",
     exclude_modules: str | Iterable[str] | None = None,
@@ -41,11 +41,11 @@ def find_target_modules(
 
     Raises:
         ValueError: nothing linear matches, or PEFT has no default for this model type.
+        TypeError: the `PeftModel` is one of prompt learning.
     """
-    config = LoraConfig(
-        target_modules=_plain_targets(target_modules),
-        exclude_modules=_plain_targets(exclude_modules),
-    )
+    config = LoraConfig(target_modules=_plain_targets(target_modules), exclude_modules=_plain_targets(exclude_modules))
+    if isinstance(model, PeftModel) and any(other.is_prompt_learning for other in model.peft_config.values()):
+        raise TypeError("This PeftModel learns a prompt, which cannot be switched off; pass model.get_base_model().")
     base, prefix = (model.base_model.model, INNER_PREFIX) if isinstance(model, PeftModel) else (model, "")
     targets = {
         prefix + name: _inner(module) for name, module in _matches(base, config) if is_linear_like(_inner(module))
@@ -53,11 +53,6 @@ def find_target_modules(
     if not targets:
         raise ValueError(_nothing_found(base, config, target_modules))
     return targets
-
-
-def is_peft_model(model: nn.Module) -> bool:
-    """Whether `model` is a `PeftModel`."""
-    return isinstance(model, PeftModel)
 
 
 def inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) -> PeftModel:
@@ -87,7 +82,10 @@ def inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) 
         raise ValueError(_nothing_found(model, config, asked))
     restore = snapshot(model)
     try:
-        return get_peft_model(model, config, adapter_name=adapter_name)
+        with warnings.catch_warnings():
+            # PEFT sets it right itself, for every Conv1D
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            return get_peft_model(model, config, adapter_name=adapter_name)
     except BaseException:
         restore()
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ def write_start(peft_model: PeftModel, adapter_name: str, starts: Mapping[str, S
     check_offset(peft_model, adapter_name, offset)
     slots, unsupported = find_slots(peft_model, adapter_name)
     _check_starts(slots, starts)
+    _check_in_memory(peft_model, adapter_name, unsupported)
     if offset == "subtract":
         _warn_of_dropout(slots, adapter_name)
     config = peft_model.peft_config[adapter_name]
@@ -99,7 +100,7 @@ def restore_base(peft_model: PeftModel, adapter_name: str = "default") -> None:
         ValueError: the adapter was not initialised with `"subtract"`, or adapters are merged.
     """
     config = peft_model.peft_config.get(adapter_name)
-    if not isinstance(config, TwoHalvesConfig) or config.offset != "subtract":
+    if not isinstance(config, TwoHalvesConfig) or getattr(config, "offset", None) != "subtract":
         raise ValueError(f"Adapter {adapter_name!r} was not initialised with offset='subtract'; nothing to restore.")
     check_not_merged(peft_model)
     slots = [slot for slot in find_slots(peft_model, adapter_name)[0] if isinstance(slot.lora_A, ShiftedLinear)]
@@ -146,6 +147,17 @@ def _check_starts(slots: list[AdapterSlot], starts: Mapping[str, Start]) -> None
             )
         if not (torch.isfinite(A0).all() and torch.isfinite(B0).all()):
             raise ValueError(f"The start of {name!r} has NaN or Inf in it.")
+
+
+def _check_in_memory(peft_model: PeftModel, adapter_name: str, others: Iterable[str]) -> None:
+    """Layers loraga does not start need a start from PEFT, which gives none with `low_cpu_mem_usage=True`."""
+    for name in others:
+        layer = peft_model.base_model.model.get_submodule(name)
+        if any(p.is_meta for key, p in layer.named_parameters() if adapter_name in key.split(".")):
+            raise ValueError(
+                f"The adapter of layer {name!r} has no weights yet, and loraga starts linear layers only. Make the "
+                "adapter without low_cpu_mem_usage=True."
+            )
 
 
 def check_offset(peft_model: PeftModel, adapter_name: str, offset: str) -> None:

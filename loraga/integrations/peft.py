@@ -9,8 +9,9 @@ from peft import PeftModel
 
 from loraga.integrations._files import attach_anchor, export_adapter
 from loraga.integrations._slots import adapters_disabled, base_weight, check_adapter, find_slots, quantized
-from loraga.integrations._targets import find_target_modules, inject, is_peft_model
+from loraga.integrations._targets import find_target_names, inject
 from loraga.integrations._writing import check_offset, restore_base, write_start
+from loraga.resume import watch_optimizers
 from loraga.snapshot import snapshot
 
 __all__ = [
@@ -22,11 +23,12 @@ __all__ = [
     "check_offset",
     "export_adapter",
     "find_slots",
-    "find_target_modules",
+    "find_target_names",
     "inject",
-    "is_peft_model",
     "quantized",
     "restore_base",
     "snapshot",
     "write_start",
 ]
+
+watch_optimizers()

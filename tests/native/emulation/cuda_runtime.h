@@ -1,7 +1,10 @@
-// Runs the device code of one CUDA thread block on the host, a real thread for each of its threads: what a kernel
-// computes, and with ThreadSanitizer whether a barrier is missing, can be checked without a GPU. Barriers must be
-// reached by all threads of the block or the warp, else the program hangs and the test's timeout tells.
+// Stands in for CUDA's header of this name: runs the device code of one thread block on the host, a real thread for
+// each of its threads: what a kernel computes, and with ThreadSanitizer whether a barrier is missing, can be checked
+// without a GPU. Barriers must be reached by all threads of the block or the warp, else the program hangs and the
+// test's timeout tells.
 #pragma once
+
+#include <pthread.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,8 +12,6 @@
 #include <memory>
 #include <thread>
 #include <vector>
-
-#include <pthread.h>
 
 #define __device__
 

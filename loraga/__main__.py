@@ -1,0 +1,8 @@
+"""`python -m loraga` is the command `loraga`."""
+
+import sys
+
+from loraga.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

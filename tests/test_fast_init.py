@@ -1,0 +1,439 @@
+"""The main job end to end: real architectures, every offset, exactness of the start, and what must not change."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from zoo import ARCHITECTURES, MLP, batches, build, captured, exact_gradients, mlp_batches, objective_excess
+
+import loraga
+from loraga import InitConfig
+
+R = 4
+
+
+def config(**kwargs) -> LoraConfig:
+    return LoraConfig(**{"r": R, "lora_alpha": 8, "use_rslora": True, "target_modules": "all-linear", **kwargs})
+
+
+def init(model, loader, lora=None, **kwargs) -> PeftModel:
+    return loraga.fast_init(model, loader, lora or config(), show_progress_bar=False, **kwargs)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+
+
+def halves(peft_model, name: str, r: int = R) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, n) and B (m, r): the trained half."""
+    layer = peft_model.base_model.model.get_submodule(name)
+    return layer.lora_A["default"].weight.detach()[:r], layer.lora_B["default"].weight.detach()[:, :r]
+
+
+def everything_about(model: nn.Module) -> dict:
+    """Weights, gradients, modes, flags and hooks, to be compared."""
+    return {
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "grad": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
+        "flags": {n: p.requires_grad for n, p in model.named_parameters()},
+        "modes": {n: m.training for n, m in model.named_modules()},
+        "kinds": {n: type(m) for n, m in model.named_modules()},
+        "hooks": {n: (len(m._forward_hooks), len(m._backward_hooks)) for n, m in model.named_modules()},
+        "rng": torch.get_rng_state(),
+    }
+
+
+def assert_same(a: dict, b: dict) -> None:
+    for key in ("state", "grad"):
+        assert a[key].keys() == b[key].keys()
+        for name, value in a[key].items():
+            other = b[key][name]
+            assert (value is None and other is None) or torch.equal(value, other), name
+    for key in ("flags", "modes", "kinds", "hooks"):
+        assert a[key] == b[key], key
+    assert torch.equal(a["rng"], b["rng"])
+
+
+# ------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("estimator", ["streaming", "dense"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_factors_against_the_exact_svd(name, estimator):
+    """LoRA-GA objective mean <= 1.01x, worst <= 1.05x (streaming); worst <= 1.01x (dense, bfloat16 buffers)."""
+    model, loader = build(name), batches(name)
+    factors = loraga.estimate_factors(model, loader, rank=2 * R, estimator=estimator)
+    gradients = exact_gradients(model, list(factors), loader)
+    assert len(factors) >= 8
+    excess = [objective_excess(gradients[n], f, R) for n, f in factors.items()]
+    if estimator == "streaming":
+        assert sum(excess) / len(excess) <= 0.01 and max(excess) <= 0.05
+    else:
+        assert max(excess) <= 0.01
+    for n, f in factors.items():
+        assert f.shape == tuple(gradients[n].shape)
+        assert captured(gradients[n], f) > 0.97
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_dense_float32_is_exact(name):
+    model, loader = build(name), batches(name)
+    lora = config(r=R)
+    peft_model = init(copy.deepcopy(model), loader, lora, init=InitConfig(estimator="dense", buffer_dtype="float32"))
+    gradients = exact_gradients(model, [x.name for x in peft_model.loraga_report.layers], loader)
+    for layer, g in gradients.items():
+        a, b = halves(peft_model, layer)
+        u, v = torch.linalg.qr(b.double()).Q, torch.linalg.qr(a.double().T).Q
+        best = torch.linalg.svdvals(g)[2 * R :].norm()
+        assert (g - u @ (u.T @ g) - (g @ v) @ v.T).norm() <= 1.001 * best
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_start_is_the_paper_formula_on_the_exact_factors(name):
+    """A spans the first r right vectors, B the left vectors r..2r, both of norm m^(1/4)/sqrt(gamma) per vector (B1)."""
+    model, loader = build(name), batches(name)
+    peft_model = init(copy.deepcopy(model), loader)
+    gradients = exact_gradients(model, [x.name for x in peft_model.loraga_report.layers], loader)
+    for layer, g in gradients.items():
+        a, b = halves(peft_model, layer)
+        c = g.shape[0] ** 0.25 / 4
+        assert torch.allclose(a @ a.T, c**2 * torch.eye(R), atol=1e-4 * c**2)
+        assert torch.allclose(b.T @ b, c**2 * torch.eye(R), atol=1e-4 * c**2)
+        u, _, vh = torch.linalg.svd(g)
+        s = torch.linalg.svdvals(g)
+        if s[R - 1] > 1.2 * s[R]:  # where there is a gap the subspace is defined
+            overlap = (a.double() / c) @ vh[:R].T
+            assert overlap.square().sum() > 0.97 * R
+
+
+def test_minilm_with_real_weights_and_text(minilm):
+    model, loader = minilm
+    factors = loraga.estimate_factors(model, loader, rank=16)
+    gradients = exact_gradients(model, list(factors), loader)
+    excess = [objective_excess(gradients[n], f, 8) for n, f in factors.items() if min(f.shape) > 16]
+    assert len(excess) == 36
+    assert sum(excess) / len(excess) <= 0.01 and max(excess) <= 0.05
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    import docstrings
+    from minilm import load_model, load_tokenizer
+
+    data = docstrings.load()
+    tokenizer = load_tokenizer()
+    loader = []
+    for i in range(4):
+        rows = data.train[16 * i : 16 * i + 16]
+        batch = dict(tokenizer([r.text for r in rows], padding=True, truncation=True, max_length=64, return_tensors="pt"))
+        batch["labels"] = torch.tensor([r.label for r in rows])
+        loader.append(batch)
+    return load_model(16, seed=0), loader
+
+
+# -------------------------------------------------------------------------------------- function at the start
+
+
+@pytest.mark.parametrize("offset", ["anchor", "subtract", "zero-b"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_function_and_base_at_the_start(name, offset):
+    model, loader = build(name), batches(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(**loader[0]).logits
+        peft_model = init(model, loader, init=InitConfig(offset=offset))
+        got = peft_model(**loader[0]).logits
+        assert (got - expected).abs().max() <= 2e-5 * expected.abs().max().clamp_min(1.0)
+        if offset != "subtract":
+            with peft_model.disable_adapter():
+                assert torch.equal(peft_model(**loader[0]).logits, expected)
+            for key, value in peft_model.unload().state_dict().items():
+                assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("offset", ["anchor", "zero-b"])
+def test_bfloat16_base_is_untouched_bit_for_bit(offset):
+    """B23: where base weights are rounded, nothing is written to them."""
+    model, loader = build("llama").bfloat16(), batches("llama")
+    with torch.no_grad():
+        expected = model(**loader[0]).logits
+        peft_model = init(model, loader, init=InitConfig(offset=offset))
+        assert (peft_model(**loader[0]).logits.float() - expected.float()).abs().max() <= 0.01
+        with peft_model.disable_adapter():
+            assert torch.equal(peft_model(**loader[0]).logits, expected)
+
+
+def test_lora_one_moves_down_the_gradient():
+    model, loader = build("llama"), batches("llama")
+    with torch.no_grad():
+        before = sum(float(model(**b).loss) for b in loader)
+        peft_model = init(model, loader, init=InitConfig(method="lora-one", lora_one_gamma=1e4))
+        assert sum(float(peft_model(**b).loss) for b in loader) < before
+
+
+# ------------------------------------------------------------------------------------- determinism, invariance
+
+
+def test_same_seed_same_bits_in_any_process():
+    code = """
+import sys; sys.path.insert(0, {tests!r})
+import torch, loraga, hashlib
+torch.manual_seed({noise}); torch.set_num_threads(2)
+from zoo import build, batches
+m = loraga.fast_init(build("llama"), batches("llama"), show_progress_bar=False, seed=5)
+print(hashlib.sha256(b"".join(v.numpy().tobytes() for k, v in sorted(m.state_dict().items()) if "lora" in k)).hexdigest())
+"""
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code.format(tests=str(Path(__file__).parent), noise=noise)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for noise in (1, 2)
+    }
+    assert len(outputs) == 1 and len(outputs.pop()) > 60
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e3, 1e15])
+def test_scale_of_the_loss_does_not_matter(scale):
+    """B1: reduction and accumulation change the size of the gradient, not the start."""
+    loader = batches("llama")
+    plain = init(build("llama"), loader)
+    scaled = init(build("llama"), loader, loss_fn=lambda m, b: m(**b).loss * scale)
+    for layer in plain.loraga_report.layers:
+        (a, b), (c, d) = halves(plain, layer.name), halves(scaled, layer.name)
+        # projections, since a sign or a rotation between equal singular values may turn with the last bit
+        assert torch.allclose(a.T @ a, c.T @ c, atol=2e-3) and torch.allclose(b @ b.T, d @ d.T, atol=2e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_does_not_matter_and_stays(training):
+    """B19: dropout and statistics play no part, and everything is as before afterwards."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    model = hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=97, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, dropout_rate=0.5)
+    )
+    model.config.decoder_start_token_id = 0
+    loader = batches("t5")
+    runs = []
+    for seed in (1, 2):
+        other = copy.deepcopy(model).train(training)
+        torch.manual_seed(seed)
+        runs.append(loraga.estimate_factors(other, loader, rank=4))
+        assert all(m.training == training for m in other.modules())
+    for name in runs[0]:
+        assert torch.equal(runs[0][name].U, runs[1][name].U)
+
+
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_estimate_factors_leaves_no_trace(with_grad):
+    """B6, B11, B31: pre-existing gradients neither enter nor are lost."""
+    model, loader = build("llama").train(), batches("llama")
+    clean = loraga.estimate_factors(model, loader, rank=4)
+    if with_grad:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 1e4)
+    model.lm_head.requires_grad_(False)
+    model.model.layers[0].eval()
+    before = everything_about(model)
+    factors = loraga.estimate_factors(model, loader, rank=4)
+    assert_same(everything_about(model), before)
+    for name, f in factors.items():
+        assert torch.equal(f.U, clean[name].U)
+
+
+def test_a_peft_model_is_initialised_in_place_and_stays_as_it_was():
+    model, loader = build("llama"), batches("llama")
+    peft_model = get_peft_model(model, config(modules_to_save=["lm_head"])).train()
+    flags = {n: p.requires_grad for n, p in peft_model.named_parameters()}
+    modes = {n: m.training for n, m in peft_model.named_modules()}
+    same = loraga.fast_init(peft_model, loader, show_progress_bar=False, init=InitConfig(offset="zero-b"))
+    assert same is peft_model
+    assert {n: p.requires_grad for n, p in peft_model.named_parameters()} == flags
+    assert {n: m.training for n, m in peft_model.named_modules()} == modes
+    fresh = init(build("llama"), loader, init=InitConfig(offset="zero-b"))
+    for layer in fresh.loraga_report.layers:
+        assert torch.equal(halves(fresh, layer.name)[0], halves(peft_model, layer.name)[0])
+
+
+# ------------------------------------------------------------------------------------------- forms of input
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["q_proj", "down_proj"]}, 4),
+        ({"target_modules": r".*layers\.1\.mlp\.(up|down)_proj"}, 2),
+        ({"target_modules": None}, 4),  # PEFT's default for llama: q_proj, v_proj
+        ({"target_modules": "all-linear"}, 14),
+        ({"target_modules": "all-linear", "exclude_modules": ["q_proj", "k_proj"]}, 10),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, 1),
+    ],
+)
+def test_targets_in_every_form(options, expected):
+    """B27."""
+    lora = config(**options)
+    asked = copy.deepcopy(lora.to_dict())
+    peft_model = init(build("llama"), batches("llama"), lora)
+    assert len(peft_model.loraga_report.layers) == expected
+    assert lora.to_dict() == asked  # the caller's config is not written to
+    if "exclude_modules" not in options and "layers_to_transform" not in options:
+        assert len(loraga.estimate_factors(build("llama"), batches("llama"), options["target_modules"])) == expected
+
+
+def test_rank_and_alpha_patterns():
+    lora = config(rank_pattern={"q_proj": 2, "down_proj": 6}, alpha_pattern={"q_proj": 32})
+    model, loader = build("llama"), batches("llama")
+    with torch.no_grad():
+        expected = model(**loader[0]).logits
+        peft_model = init(model, loader, lora)
+        assert (peft_model(**loader[0]).logits - expected).abs().max() < 2e-5
+    ranks = {x.name.rsplit(".", 1)[1]: x.rank for x in peft_model.loraga_report.layers}
+    assert ranks["q_proj"] == 2 and ranks["down_proj"] == 6 and ranks["v_proj"] == R
+
+
+def test_default_config_and_plain_module():
+    loader = mlp_batches()
+    model = MLP()
+    names = linear_names(model)
+    gradients = exact_gradients(model, names, loader)
+    lora = LoraConfig(r=3, lora_alpha=3, target_modules="all-linear")
+    peft_model = loraga.fast_init(model, loader, lora, show_progress_bar=False)
+    assert {x.name for x in peft_model.loraga_report.layers} == set(names)
+    for layer in peft_model.loraga_report.layers:
+        g = gradients[layer.name]
+        assert layer.spectrum == pytest.approx(torch.linalg.svdvals(g)[:6].tolist(), rel=1e-2)
+        share = torch.linalg.svdvals(g)[:6].square().sum() / g.square().sum()
+        assert layer.captured_energy == pytest.approx(float(share), abs=0.01)
+    big = loraga.fast_init(MLP((64, 48, 32)), mlp_batches(width=64, classes=32), show_progress_bar=False)
+    assert big.peft_config["default"].use_rslora and big.loraga_report.layers[0].rank == 8
+
+
+def test_loaders_and_losses_of_every_kind():
+    from transformers import BatchEncoding
+
+    loader = batches("llama")
+    reference = init(build("llama"), loader)
+
+    def check(other_loader, loss_fn=None, **kwargs):
+        got = init(build("llama"), other_loader, loss_fn=loss_fn, **kwargs)
+        assert got.loraga_report.micro_batches == 4
+        for layer in reference.loraga_report.layers:
+            assert torch.equal(halves(reference, layer.name)[0], halves(got, layer.name)[0])
+
+    check([BatchEncoding(b) for b in loader])
+    check(torch.utils.data.DataLoader(loader, batch_size=None))
+    check([(b["input_ids"], b["labels"]) for b in loader], lambda m, b: m(input_ids=b[0], labels=b[1]).loss)
+    check([*loader, *loader], max_batches=4)
+
+
+def test_a_generator_of_unknown_length_gives_the_same_up_to_the_estimator():
+    loader = batches("llama")
+    a, b = init(build("llama"), loader), init(build("llama"), (x for x in loader))
+    for layer in a.loraga_report.layers:
+        assert torch.equal(halves(a, layer.name)[0], halves(b, layer.name)[0])
+
+
+def test_each_batch_counts_the_same():
+    """The mean over micro-batches, as the official code: a batch of one row weighs as much as one of five."""
+    loader = [*batches("llama", 1, rows=5), *batches("llama", 1, rows=1, seed=3)]
+    model = build("llama")
+    gradients = exact_gradients(model, ["model.layers.0.mlp.up_proj"], loader)
+    factors = loraga.estimate_factors(model, loader, ["layers.0.mlp.up_proj"], rank=8)
+    for name, g in gradients.items():
+        assert factors[name].S.double().numpy() == pytest.approx(torch.linalg.svdvals(g)[:8].numpy(), rel=0.02)
+
+
+def test_autocast_in_the_loss_function():
+    def loss_fn(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**batch).loss
+
+    model, loader = build("llama"), batches("llama")
+    exact = exact_gradients(model, ["model.layers.1.mlp.up_proj"], loader)["model.layers.1.mlp.up_proj"]
+    f = loraga.estimate_factors(model, loader, [r"layers.1.mlp.up_proj"], rank=8, loss_fn=loss_fn)
+    assert captured(exact, f["model.layers.1.mlp.up_proj"]) > 0.97
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_float16_gradients_do_not_vanish(scale):
+    """B22: small losses are scaled up before backward in float16."""
+    torch.manual_seed(0)
+    model = MLP((64, 96, 80, 12))
+    loader = mlp_batches(width=64)
+    gradients = exact_gradients(model, ["layers.0", "layers.1"], loader)
+    half = copy.deepcopy(model).half()
+    factors = loraga.estimate_factors(
+        half,
+        [{"inputs": b["inputs"].half(), "labels": b["labels"]} for b in loader],
+        ["layers.0", "layers.1"],
+        rank=8,
+        loss_fn=lambda m, b: nn.functional.cross_entropy(m(b["inputs"])["logits"].float(), b["labels"]) * scale,
+    )
+    for name, f in factors.items():
+        assert captured(gradients[name], f) > 0.98
+        assert float(f.S[0]) == pytest.approx(float(torch.linalg.matrix_norm(gradients[name], 2)) * scale, rel=0.02)
+
+
+def test_float16_overflow_backs_off_and_weighs_batches_the_same():
+    """A loss whose scaled gradient overflows is tried again smaller; the sum keeps every batch's weight."""
+    model = MLP((64, 96, 80, 12))
+    loader = mlp_batches(width=64)
+    factor = {id(b["labels"]): 1.0 if i % 2 else 64.0 for i, b in enumerate(loader)}
+
+    def loss_of(m, b, dtype):
+        # its value says nothing about its gradient: the scale chosen from it is far too large
+        loss = nn.functional.cross_entropy(m(b["inputs"].to(dtype))["logits"].float(), b["labels"])
+        return factor[id(b["labels"])] * (loss - loss.detach() + 1e-6)
+
+    gradients = exact_gradients(model, ["layers.1"], loader, lambda m, b: loss_of(m, b, torch.float32))
+    half = copy.deepcopy(model).half()
+    f = loraga.estimate_factors(half, loader, ["layers.1"], rank=8, loss_fn=lambda m, b: loss_of(m, b, torch.float16))
+    assert captured(gradients["layers.1"], f["layers.1"]) > 0.98
+    top = float(torch.linalg.matrix_norm(gradients["layers.1"], 2))
+    assert float(f["layers.1"].S[0]) == pytest.approx(top, rel=0.05)
+
+
+# ------------------------------------------------------------------------------------------- what is reported
+
+
+def test_report():
+    peft_model = init(build("llama"), batches("llama"))
+    report = peft_model.loraga_report
+    assert len(report.layers) == 14 and not report.ordinary
+    assert report.micro_batches == 4 and report.skipped_batches == 0 and set(report.seconds) >= {"gradients", "factors"}
+    for layer in report.layers:
+        assert layer.status == "initialised" and 0 < layer.captured_energy <= 1 and layer.updates == 4
+        assert len(layer.spectrum) == 2 * R and layer.spectrum == sorted(layer.spectrum, reverse=True)
+    assert "q_proj" in str(report)
+
+
+def test_state_bytes_show_that_no_gradient_sized_buffer_exists():
+    import transformers as hf
+
+    wide = hf.LlamaConfig(
+        vocab_size=50,
+        hidden_size=1024,
+        intermediate_size=1536,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        use_cache=False,
+    )
+    model = hf.LlamaForCausalLM(wide)
+    ids = torch.randint(0, 50, (1, 16))
+    report = init(model, [{"input_ids": ids, "labels": ids}]).loraga_report
+    weights = 4 * sum(x.shape[0] * x.shape[1] for x in report.layers)
+    assert report.state_bytes < 0.2 * weights

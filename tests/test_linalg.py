@@ -1,0 +1,105 @@
+"""Truncated SVD: against float64 over shapes and spectra, deterministic, signs fixed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraga.linalg import fix_signs, seed_of, test_matrix, truncated_svd
+from loraga.linalg.svd import factorize
+
+SPECTRA = {
+    "polynomial": lambda k: torch.arange(1, k + 1, dtype=torch.float64) ** -1.0,
+    "exponential": lambda k: torch.exp(-torch.arange(k, dtype=torch.float64) / 5),
+    "staircase": lambda k: torch.tensor([10.0 ** -(i // 10) for i in range(k)], dtype=torch.float64),
+    "spiked": lambda k: torch.cat((torch.tensor([100.0, 50.0]), torch.ones(k))).double()[:k],
+    "rank three": lambda k: torch.cat((torch.tensor([3.0, 2.0, 1.0]), torch.zeros(k))).double()[:k],
+    "zero": lambda k: torch.zeros(k, dtype=torch.float64),
+}
+
+
+def matrix(m: int, n: int, spectrum: str, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    k = min(m, n)
+    u = torch.linalg.qr(torch.randn(m, k, dtype=torch.float64, generator=generator)).Q
+    v = torch.linalg.qr(torch.randn(n, k, dtype=torch.float64, generator=generator)).Q
+    return u * SPECTRA[spectrum](k) @ v.T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("m", "n"), [(128, 128), (150, 61), (61, 150), (20, 9), (1, 7), (5, 1)])
+def test_truncated_svd(m, n, spectrum, dtype):
+    g = matrix(m, n, spectrum).to(dtype)
+    rank = min(16, m, n)
+    f = truncated_svd(g, rank)
+    truth = torch.linalg.svdvals(g.double())
+    assert f.U.shape == (m, rank) and f.S.shape == (rank,) and f.Vh.shape == (rank, n)
+    eye = torch.eye(rank)
+    assert (f.U.T @ f.U - eye).abs().max() < 2e-6 and (f.Vh @ f.Vh.T - eye).abs().max() < 2e-6
+    assert (f.S.diff() <= 1e-6 * truth[0]).all()
+    # against the best rank-k error, and of the whole: a flat bulk is the slow case
+    error = (g.double() - (f.U * f.S).double() @ f.Vh.double()).norm()
+    assert error <= 1.002 * truth[rank:].norm() + 2e-6 * truth.norm()
+    assert (f.S.double() - truth[:rank]).abs().max() <= 2e-2 * truth[0]
+
+
+def test_signs_are_fixed_and_products_kept():
+    u, vh = torch.randn(9, 4), torch.randn(4, 7)
+    fixed_u, fixed_vh = fix_signs(u, vh)
+    assert (fixed_u.gather(0, fixed_u.abs().argmax(0, keepdim=True)) > 0).all()
+    assert torch.allclose(fixed_u @ fixed_vh, u @ vh)
+
+
+def test_transpose_gives_the_same_triplets():
+    g = matrix(90, 40, "exponential").float()
+    a, b = truncated_svd(g, 6), truncated_svd(g.T, 6)
+    assert torch.allclose((a.U * a.S) @ a.Vh, ((b.U * b.S) @ b.Vh).T, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e15, 1e30])
+def test_scale_changes_only_the_values(scale):
+    g = matrix(60, 50, "polynomial").float()
+    a, b = truncated_svd(g, 5), truncated_svd(g * scale, 5)
+    assert torch.allclose(a.U, b.U, atol=1e-4) and torch.allclose(a.Vh, b.Vh, atol=1e-4)
+    assert torch.allclose(a.S, b.S / scale, rtol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(m=st.integers(1, 80), n=st.integers(1, 80), rank=st.integers(1, 12), seed=st.integers(0, 99))
+def test_exact_low_rank_is_recovered(m, n, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rank = min(rank, m, n)
+    g = torch.randn(m, rank, generator=generator) @ torch.randn(rank, n, generator=generator)
+    f = truncated_svd(g, rank, seed=seed)
+    assert ((f.U * f.S) @ f.Vh - g).abs().max() <= 1e-5 * g.norm()
+
+
+@pytest.mark.parametrize("rank", [0, 8, -1])
+def test_rank_out_of_range(rank):
+    with pytest.raises(ValueError, match=r"between 1 and min\(m, n\) = 7"):
+        truncated_svd(torch.randn(9, 7), rank)
+
+
+def test_factorize_works_from_any_columns():
+    """Q need not be orthonormal, and may be rank-deficient."""
+    q, z = torch.randn(50, 6), torch.randn(6, 30)
+    q[:, 4] = q[:, 3]
+    q[:, 5] = 0
+    f, spectrum = factorize(q, z, 3)
+    truth = torch.linalg.svdvals((q @ z).double())
+    assert torch.allclose(spectrum.double(), truth[:6], atol=1e-4 * float(truth[0]))
+    assert ((f.U * f.S) @ f.Vh - q @ z).norm() <= truth[3:].norm() * 1.001
+
+
+def test_streams_differ_by_seed_and_name_and_not_by_process():
+    assert len({seed_of(s, n) for s in range(3) for n in ("a", "b", "model.layers.0.q")}) == 9
+    code = "from loraga.linalg import seed_of; print(seed_of(3, 'layer'))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(other.stdout) == seed_of(3, "layer")
+    assert torch.equal(test_matrix(4, 5, 9, "cpu"), test_matrix(4, 5, 9, "cpu"))

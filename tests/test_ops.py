@@ -1,0 +1,191 @@
+"""The ops' contracts: schema, fakes, checks, and the torch reference against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraga import _ops
+from loraga.backends import default
+
+SHAPES = [(64, 32, 48), (33, 17, 50), (7, 90, 20), (1, 5, 3)]  # T, n, m
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def pair(tokens: int, n: int, m: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(tokens, n).to(dtype), torch.randn(tokens, m).to(dtype)
+
+
+def tall(kind: str, m: int, k: int) -> torch.Tensor:
+    if kind == "zero":
+        return torch.zeros(m, k)
+    if kind == "rank one":
+        return torch.randn(m, 1) @ torch.randn(1, k)
+    if kind == "equal columns":
+        return torch.randn(m, 1).expand(m, k).contiguous()
+    if kind == "zero columns":
+        return torch.randn(m, k) * (torch.arange(k) % 2)
+    if kind == "scaled columns":
+        return torch.randn(m, k) * torch.logspace(-30, 30, k)
+    if kind == "tiny":
+        return torch.randn(m, k) * 1e-36
+    if kind == "huge":
+        return torch.randn(m, k) * 1e36
+    if kind == "identity":
+        return torch.eye(m, k)
+    u = torch.linalg.qr(torch.randn(m, k, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64)).Q
+    return (u * torch.logspace(0, -float(kind), k, dtype=torch.float64) @ v.T).float()
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        ("test_matrix_", lambda: (torch.empty(5, 3), 7)),
+        ("left_product", lambda: (torch.randn(9, 4), torch.randn(9, 6), torch.randn(4, 2))),
+        ("right_product", lambda: (torch.randn(9, 4), torch.randn(9, 6), torch.randn(6, 2))),
+        ("accumulate_", lambda: (torch.zeros(6, 4), torch.randn(9, 4), torch.randn(9, 6), 0.5)),
+        ("orthonormalize", lambda: (torch.randn(2, 9, 4),)),
+        ("small_svd", lambda: (torch.randn(2, 4, 4),)),
+    ],
+)
+def test_registration(op, args):
+    """Schema, mutation, fake and real outputs agree (torch.library.opcheck)."""
+    overload = getattr(torch.ops.loraga, op).default
+    torch.library.opcheck(overload, args(), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _ops.test_matrix_(torch.empty(3), 0), "matrix"),
+        (lambda: _ops.left_product(torch.randn(3, 4), torch.randn(2, 5), torch.randn(4, 1)), "share T"),
+        (lambda: _ops.left_product(torch.randn(3, 4), torch.randn(3, 5).half(), torch.randn(4, 1)), "share one"),
+        (lambda: _ops.left_product(torch.randn(3, 4), torch.randn(3, 5), torch.randn(5, 1)), r"\(4, k\)"),
+        (lambda: _ops.right_product(torch.randn(3, 4), torch.randn(3, 5), torch.randn(4, 1)), r"\(5, k\)"),
+        (lambda: _ops.accumulate_(torch.zeros(4, 5), torch.randn(3, 4), torch.randn(3, 5)), r"\(5, 4\)"),
+        (lambda: _ops.orthonormalize(torch.randn(3, 4)), "m >= k"),
+        (lambda: _ops.orthonormalize(torch.randn(4, 3).double()), "float32"),
+        (lambda: _ops.small_svd(torch.randn(3, 4)), "k, k"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_philox_known_answers():
+    """Known-answer vectors of Philox4x32-10 published with Random123 (zero and all-ones counter and key)."""
+    words = default.philox(torch.zeros(1, dtype=torch.int64), 0)
+    assert [int(w) for w in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_test_matrix_is_uniform_independent_and_by_position():
+    a = _ops.test_matrix_(torch.empty(300, 200), 5)
+    assert a.min() >= -1 and a.max() < 1
+    assert abs(float(a.mean())) < 0.01 and abs(float(a.var()) * 3 - 1) < 0.01
+    assert torch.linalg.matrix_norm(a, 2) < 1.15 * (300**0.5 + 200**0.5) / 3**0.5  # no hidden structure
+    # the same stream laid out otherwise; another seed is another stream
+    assert torch.equal(_ops.test_matrix_(torch.empty(200, 300), 5).view(-1), a.view(-1))
+    b = _ops.test_matrix_(torch.empty(300, 200), 6)
+    assert abs(float((a * b).mean())) < 0.01
+
+
+def test_test_matrix_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    _ops.test_matrix_(torch.empty(10, 10), 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "n", "m"), SHAPES)
+def test_products_against_float64(tokens, n, m, dtype):
+    """No worse than the eager product in the same dtype, up to a small constant."""
+    x, dy = pair(tokens, n, m, dtype)
+    v, q = torch.randn(n, 4), torch.randn(m, 4)
+    exact = dy.double().T @ x.double()
+    for ours, truth, eager in (
+        (_ops.left_product(x, dy, v), exact @ v.double(), dy.T @ (x @ v.to(dtype))),
+        (_ops.right_product(x, dy, q), q.double().T @ exact, (dy @ q.to(dtype)).T @ x),
+    ):
+        assert ours.dtype == torch.float32
+        bound = (eager.double() - truth).norm() + 1e-6 * truth.norm()
+        assert (ours.double() - truth).norm() <= 1.5 * bound
+
+
+@pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "n", "m"), SHAPES)
+def test_accumulate_against_float64(tokens, n, m, dtype, buffer):
+    x, dy = pair(tokens, n, m, dtype)
+    g = torch.randn(m, n).to(buffer)
+    truth = g.double() + 0.25 * (dy.double().T @ x.double())
+    assert bool(_ops.accumulate_(g, x, dy, 0.25))
+    unit = 2.0**-8 if buffer == torch.bfloat16 else 2.0**-20
+    assert (g.double() - truth).abs().max() <= unit * truth.abs().max()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["x", "dy"])
+def test_accumulate_leaves_a_poisoned_batch_out(bad, where):
+    x, dy = pair(8, 5, 6, torch.float32)
+    (x if where == "x" else dy)[3, 2] = bad
+    g = torch.randn(6, 5)
+    before = g.clone()
+    assert not bool(_ops.accumulate_(g, x, dy))
+    assert torch.equal(g, before)
+
+
+@pytest.mark.parametrize("shape", [(200, 80), (80, 80), (100, 80), (33, 7), (5, 5), (3, 1), (1, 1)])
+@pytest.mark.parametrize(
+    "kind",
+    ["zero", "rank one", "equal columns", "zero columns", "scaled columns", "tiny", "huge", "identity", "3", "7", "14"],
+)
+def test_orthonormalize_any_input(shape, kind):
+    y = tall(kind, *shape)
+    q = _ops.orthonormalize(y).double()
+    assert (q.T @ q - torch.eye(shape[1])).norm(2) < 1e-6
+    unit = y.double() / y.double().norm(dim=0).clamp_min(1e-300)
+    assert (unit - q @ (q.T @ unit)).norm() < 2e-5  # the range is kept
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 70),
+    share=st.floats(0.0, 1.0),
+    decay=st.floats(0.0, 10.0),
+    scale=st.integers(-30, 30),
+    batch=st.integers(0, 3),
+    seed=st.integers(0, 2**30),
+)
+def test_orthonormalize_property(m, share, decay, scale, batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    k = max(1, round(share * m))
+    y = torch.randn(batch, m, k, generator=generator) * torch.logspace(0, -decay, k) * 10.0**scale
+    q = _ops.orthonormalize(y).double()
+    assert q.shape == y.shape
+    if batch:
+        assert (q.mT @ q - torch.eye(k)).norm(2, dim=(-2, -1)).max() < 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 2, 17, 40])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_small_svd(k, scale):
+    core = torch.randn(3, k, k) * scale
+    core[1] = 0
+    core[2, :, k // 2 :] = 0
+    u, s, vh = _ops.small_svd(core)
+    assert (u * s[..., None, :] @ vh - core).abs().max() <= 2e-6 * core.abs().max()
+    truth = torch.linalg.svdvals(core.double())
+    assert (s.double() - truth).abs().max() <= 1e-6 * truth.max()
+    eye = torch.eye(k)
+    assert (u.mT @ u - eye).abs().max() < 1e-5 and (vh @ vh.mT - eye).abs().max() < 1e-5
+
+
+def test_small_svd_of_nan_neither_raises_nor_looks_sound():
+    core = torch.randn(2, 4, 4)
+    core[0, 1, 1] = float("nan")
+    _, s, _ = _ops.small_svd(core)
+    assert s[0].isnan().all() and s[1].isfinite().all()

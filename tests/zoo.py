@@ -1,0 +1,192 @@
+"""Small models of real architectures with random weights, and batches for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+WIDTH, INNER, VOCABULARY = 320, 448, 97
+
+
+def _llama(**kwargs) -> nn.Module:
+    return hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=INNER,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            use_cache=False,
+            **kwargs,
+        )
+    )
+
+
+def _qwen2() -> nn.Module:
+    return hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=INNER,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            use_cache=False,
+        )
+    )
+
+
+def _gpt2() -> nn.Module:
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=8, bos_token_id=0, eos_token_id=0, use_cache=False
+        )
+    )
+
+
+def _t5() -> nn.Module:
+    return hf.T5ForConditionalGeneration(
+        hf.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=WIDTH,
+            d_kv=40,
+            d_ff=INNER,
+            num_layers=1,
+            num_decoder_layers=1,
+            num_heads=8,
+            decoder_start_token_id=0,
+            use_cache=False,
+        )
+    )
+
+
+def _bert() -> nn.Module:
+    return hf.BertForSequenceClassification(
+        hf.BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=INNER,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_labels=16,
+        )
+    )
+
+
+def _vit() -> nn.Module:
+    return hf.ViTForImageClassification(
+        hf.ViTConfig(
+            image_size=32,
+            patch_size=8,
+            hidden_size=WIDTH,
+            intermediate_size=INNER,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_labels=16,
+        )
+    )
+
+
+def _text(kind: str) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+    def batch(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+        ids = torch.randint(2, VOCABULARY, (rows, 48), generator=generator)
+        labels = torch.randint(0, 16, (rows,), generator=generator) if kind == "class" else ids
+        return {"input_ids": ids, "labels": labels}
+
+    return batch
+
+
+def _image(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "pixel_values": torch.randn(rows, 3, 32, 32, generator=generator),
+        "labels": torch.randint(0, 16, (rows,), generator=generator),
+    }
+
+
+_ZOO = {
+    "llama": (_llama, _text("causal")),
+    "qwen2": (_qwen2, _text("causal")),
+    "gpt2": (_gpt2, _text("causal")),
+    "t5": (_t5, _text("causal")),
+    "bert": (_bert, _text("class")),
+    "vit": (_vit, _image),
+}
+ARCHITECTURES = tuple(_ZOO)
+
+
+def build(name: str, seed: int = 0, **kwargs) -> nn.Module:
+    """The model in eval mode, the same weights for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _ZOO[name][0](**kwargs).eval()
+
+
+def batches(name: str, count: int = 4, rows: int = 6, seed: int = 1) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [_ZOO[name][1](rows, generator) for _ in range(count)]
+
+
+class MLP(nn.Module):
+    """A plain module, known to no library; rectangular layers; loss over (inputs, labels)."""
+
+    def __init__(self, sizes: tuple[int, ...] = (40, 96, 56, 12), seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        for layer in self.layers[:-1]:
+            inputs = torch.tanh(layer(inputs))
+        logits = self.layers[-1](inputs)
+        out = {"logits": logits}
+        if labels is not None:
+            out["loss"] = nn.functional.cross_entropy(logits, labels)
+        return out
+
+
+def mlp_batches(count: int = 4, rows: int = 64, width: int = 40, classes: int = 12, seed: int = 1) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "inputs": torch.randn(rows, width, generator=generator),
+            "labels": torch.randint(0, classes, (rows,), generator=generator),
+        }
+        for _ in range(count)
+    ]
+
+
+def exact_gradients(model: nn.Module, names: list[str], loader, loss_of=None) -> dict[str, Tensor]:
+    """Mean over batches of dLoss/dW (m, n) in float64, by autograd on the weights themselves."""
+    modules = dict(model.named_modules())
+    weights = {name: modules[name].weight for name in names}
+    sums = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
+    count = 0
+    for batch in loader:
+        output = model(**batch) if loss_of is None else None
+        loss = loss_of(model, batch) if loss_of is not None else output["loss"]
+        for name, grad in zip(names, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True):
+            if grad is not None:
+                sums[name] += grad.double()
+        count += 1
+    return {
+        name: (total.T if isinstance(modules[name], hf.pytorch_utils.Conv1D) else total) / count
+        for name, total in sums.items()
+    }
+
+
+def objective_excess(gradient: Tensor, factors, rank: int) -> float:
+    """LoRA-GA objective |G - (B Bᵀ G + G Aᵀ A)| with A = Vh[:r], B = U[:, r:2r], over the best possible, less one."""
+    a, b = factors.Vh[:rank].double(), factors.U[:, rank : 2 * rank].double()
+    best = torch.linalg.svdvals(gradient)[2 * rank :].norm()
+    return float((gradient - b @ (b.T @ gradient) - (gradient @ a.T) @ a).norm() / best - 1)
+
+
+def captured(gradient: Tensor, factors) -> float:
+    """Energy of G on the left and right subspaces of the factors, over that of the best of their rank."""
+    best = torch.linalg.svdvals(gradient)[: factors.rank].square().sum()
+    return float((factors.U.double().T @ gradient @ factors.Vh.double().T).square().sum() / best)
