@@ -208,7 +208,8 @@ def versions() -> dict[str, str]:
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
-    cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return {
         "commit": commit + ("-dirty" if dirty.stdout else ""),
         "cpu": cpu,
@@ -250,7 +251,7 @@ def main() -> None:
             rows[case].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{case}: {rows[case][-1]['seconds']:.2f} s", file=sys.stderr)
     summary = []
-    for case, runs in rows.items():
+    for runs in rows.values():
         row = dict(runs[0])
         row["seconds"] = statistics.median(r["seconds"] for r in runs)
         row["seconds_all"] = [r["seconds"] for r in runs]

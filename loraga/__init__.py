@@ -1,18 +1,53 @@
 """loraga: start a LoRA adapter in the leading singular directions of the full fine-tuning gradient (LoRA-GA)."""
 
-from loraga import backends as _backends  # registers the ops' implementations
-from loraga.api import estimate_factors, fast_init
-from loraga.config import InitConfig
-from loraga.factors import Factors
-from loraga.report import InitReport, LayerReport
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from loraga._version import __version__
+
+if TYPE_CHECKING:
+    from loraga.api import estimate_factors, fast_init
+    from loraga.config import InitConfig
+    from loraga.factors import Factors
+    from loraga.integrations.peft import attach_anchor, export_adapter, restore_base
+    from loraga.report import InitReport, LayerReport
+
+# public name -> where it lives; imported on first use, so that `loraga --help` does not wait for torch
+_HOMES = {
+    "Factors": "loraga.factors",
+    "InitConfig": "loraga.config",
+    "InitReport": "loraga.report",
+    "LayerReport": "loraga.report",
+    "attach_anchor": "loraga.integrations.peft",
+    "estimate_factors": "loraga.api",
+    "export_adapter": "loraga.integrations.peft",
+    "fast_init": "loraga.api",
+    "restore_base": "loraga.integrations.peft",
+}
 
 __all__ = [
     "Factors",
     "InitConfig",
     "InitReport",
     "LayerReport",
+    "__version__",
+    "attach_anchor",
     "estimate_factors",
+    "export_adapter",
     "fast_init",
+    "restore_base",
 ]
 
-__version__ = "0.1.0"
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loraga' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -7,10 +7,14 @@ each op has one `_check_*` that its wrapper calls and its fake calls too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 _lib = torch.library.Library("loraga", "DEF")
+F = TypeVar("F", bound=Callable[..., Any])
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -191,10 +195,10 @@ def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.loraga.small_svd(core)
 
 
-def implement(op: str, key: str):
+def implement(op: str, key: str) -> Callable[[F], F]:
     """Register the decorated function as the implementation of `op` for the dispatch key `key`."""
 
-    def register(function):
+    def register(function: F) -> F:
         _lib.impl(op, function, key)
         return function
 

@@ -1,4 +1,4 @@
-"""The two calls of the library, from top to bottom: batches → taps → estimators → factors → recipe → offset → adapter."""
+"""The library's two calls, top to bottom: batch → tap → estimator → factors → recipe → offset → adapter."""
 
 from __future__ import annotations
 
@@ -87,6 +87,7 @@ def fast_init(
                 )
             for slot in slots:
                 recipes.check_rank(slot.name, slot.shape, slot.rank, init)
+            adapters.check_offset(peft_model, adapter_name, init.offset)
             with adapters.adapters_disabled(peft_model):
                 estimation = estimate(
                     model,
@@ -185,9 +186,7 @@ def _start(slot: AdapterSlot, factors: Factors, init: InitConfig, seed: int) -> 
     sigma = None
     if init.method == "lora-ga" and init.scale == "weight-svd":
         sigma = truncated_svd(adapters.base_weight(slot), slot.rank, seed=seed_of(seed, slot.name)).S
-    return recipes.start(
-        factors, slot.rank, init, scaling=slot.scaling, name=slot.name, seed=seed, weight_sigma=sigma
-    )
+    return recipes.start(factors, slot.rank, init, scaling=slot.scaling, name=slot.name, seed=seed, weight_sigma=sigma)
 
 
 def _report(
@@ -213,7 +212,8 @@ def _layer_report(slot: AdapterSlot, estimation: Estimation) -> LayerReport:
         return LayerReport(slot.name, slot.shape, slot.rank, ORDINARY, reason)
     spectrum = found.factors.S.tolist()
     reason = ""
-    if found.skipped == found.updates:
+    updates, skipped = estimation.updates[slot.name], estimation.skipped[slot.name]
+    if skipped == updates:
         reason = "every micro-batch had NaN or Inf"
     elif not spectrum[0] > 0:
         reason = "gradient is zero"
@@ -227,8 +227,8 @@ def _layer_report(slot: AdapterSlot, estimation: Estimation) -> LayerReport:
         spectrum=spectrum,
         captured_energy=captured,
         effective_rank=effective_rank(spectrum),
-        updates=found.updates - found.skipped,
-        skipped=found.skipped,
+        updates=updates - skipped,
+        skipped=skipped,
     )
 
 

@@ -29,6 +29,10 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} must be finite and above 0.")
 
 
+def _offset_of(method: str, offset: str | None) -> str:
+    return offset if offset is not None else "none" if method == "lora-one" else "anchor"
+
+
 @dataclass(frozen=True)
 class InitConfig:
     """How gradients become an adapter's start.
@@ -61,7 +65,7 @@ class InitConfig:
     scale: str = "stable"
     stable_gamma: float = 16.0
     lora_one_gamma: float = 128.0
-    offset: str | None = None
+    offset: str = None  # type: ignore[assignment]  # None becomes the method's own
     estimator: str = "streaming"
     buffer_dtype: str = "auto"
     buffer_device: str = "model"
@@ -75,8 +79,7 @@ class InitConfig:
         check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("buffer_dtype", self.buffer_dtype, BUFFER_DTYPES)
         check_choice("buffer_device", self.buffer_device, BUFFER_DEVICES)
-        if self.offset is None:
-            object.__setattr__(self, "offset", "none" if self.method == "lora-one" else "anchor")
+        object.__setattr__(self, "offset", _offset_of(self.method, self.offset))
         check_choice("offset", self.offset, OFFSETS)
         if self.method == "lora-one":
             for name, default in (("direction", "ArB2r"), ("scale", "stable")):

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,14 @@ _FLOAT16_TARGET, _FLOAT16_BACKOFF, _FLOAT16_TRIES = 2.0**15, 2.0**-4, 6
 
 @dataclass
 class Estimation:
-    """Estimates by layer name, and how they came about."""
+    """Estimates by layer name, and how they came about.
+
+    `updates` counts the calls of a layer that brought a gradient, `skipped` those left out for NaN or Inf.
+    """
 
     estimates: dict[str, Estimate]
+    updates: dict[str, int]
+    skipped: dict[str, int]
     called: set[str]
     micro_batches: int
     skipped_batches: int
@@ -68,7 +74,7 @@ def estimate(
         with bar:
             for index, batch in enumerate(itertools.islice(loader, max_batches)):
                 batch = _move(batch, device)
-                collector.absorb(lambda batch=batch, index=index: _loss(model, batch, loss_fn, index), taps)
+                collector.absorb(partial(_loss, model, batch, loss_fn, index), taps)
                 batches += 1
                 bar.update()
     if batches == 0:
@@ -80,28 +86,28 @@ def estimate(
             + ("none was called by the forward pass." if not taps.called else "the loss does not depend on them.")
             + " Check target_modules and loss_fn."
         )
-    skipped = collector.skipped()
-    if skipped == batches:
+    skipped_batches = collector.skipped_batches()
+    if skipped_batches == batches and not collector.any_kept():
         raise ValueError(
             f"All {batches} micro-batches gave NaN or Inf gradients, so there is nothing to start from; check the "
             "loss, the data and the dtype (float16 overflows easily, bfloat16 does not)."
         )
     state_bytes = sum(e.state_bytes for e in estimators.values())
+    updates = collector.updates
+    skipped = {name: int(count) for name, count in collector.skipped.items()}
     observed = time.perf_counter()
-    estimates = {
-        name: estimators.pop(name).finish((batches - skipped) * (collector.loss_scale or 1.0))
-        for name in tqdm(
-            [name for name in targets if name in estimators],
-            desc="loraga: factors",
-            unit="layer",
-            disable=not show_progress_bar,
-        )
-    }
+    estimates = {}
+    names = [name for name in targets if name in estimators]
+    for name in tqdm(names, desc="loraga: factors", unit="layer", disable=not show_progress_bar):
+        kept = batches * (1 - skipped[name] / updates[name])  # each micro-batch weighs the same, left out ones nothing
+        estimates[name] = estimators.pop(name).finish(max(kept, 1.0) * (collector.loss_scale or 1.0))
     return Estimation(
         estimates,
+        dict(updates),
+        skipped,
         taps.called,
         batches,
-        skipped,
+        skipped_batches,
         state_bytes,
         {"gradients": observed - started, "factors": time.perf_counter() - observed},
     )
@@ -112,13 +118,15 @@ class _Collector:
 
     def __init__(self, ranks: Mapping[str, int], config: InitConfig, micro_batches: int | None, seed: int) -> None:
         self.estimators: dict[str, Estimator] = {}
+        self.updates: Counter[str] = Counter()
+        self.skipped: dict[str, Tensor] = {}
         self.loss_scale: float | None = None  # that the sums carry; None as long as no float16 was seen
         self._ranks, self._config, self._micro_batches, self._seed = ranks, config, micro_batches, seed
         self._calls: Counter[str] = Counter()
         self._flags: dict[tuple[str, int], Tensor] = {}
         self._summed: set[tuple[str, int]] = set()
         self._weight = 1.0
-        self._batches: list[dict[torch.device, Tensor]] = []
+        self._finite: list[dict[torch.device, Tensor]] = []
 
     def sink(self, name: str, x: Tensor, dy: Tensor) -> None:
         key = (name, self._calls[name])
@@ -153,10 +161,12 @@ class _Collector:
             self._backward_float16(loss, loss_of, taps)
         else:
             self._backward(loss, taps)
-        flags: dict[torch.device, Tensor] = {}
-        for flag in self._flags.values():
-            flags[flag.device] = flags[flag.device] & flag if flag.device in flags else flag
-        self._batches.append(flags)
+        finite: dict[torch.device, Tensor] = {}
+        for (name, _), flag in self._flags.items():
+            self.updates[name] += 1
+            self.skipped[name] = self.skipped[name] + ~flag if name in self.skipped else (~flag).long()
+            finite[flag.device] = finite[flag.device] & flag if flag.device in finite else flag
+        self._finite.append(finite)
 
     def _backward(self, loss: Tensor, taps: Taps) -> None:
         self._calls.clear()
@@ -183,13 +193,18 @@ class _Collector:
                 break
             scale *= _FLOAT16_BACKOFF
 
-    def skipped(self) -> int:
+    def skipped_batches(self) -> int:
         """Micro-batches in which some layer met NaN or Inf."""
-        return sum(not all(bool(flag) for flag in flags.values()) for flags in self._batches)
+        return sum(not all(bool(flag) for flag in flags.values()) for flags in self._finite)
+
+    def any_kept(self) -> bool:
+        """Did any layer sum anything?"""
+        return any(int(count) < self.updates[name] for name, count in self.skipped.items())
 
 
 def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, index: int) -> Tensor:
     """The scalar loss of one micro-batch, with a graph."""
+    loss: Any
     if loss_fn is not None:
         loss = loss_fn(model, batch)
         source = "loss_fn"

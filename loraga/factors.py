@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,6 +37,6 @@ class Factors:
         """The first `rank` triplets."""
         return Factors(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
 
-    def to(self, *args, **kwargs) -> Factors:
+    def to(self, *args: Any, **kwargs: Any) -> Factors:
         """All three tensors moved or cast as `torch.Tensor.to` does."""
         return Factors(self.U.to(*args, **kwargs), self.S.to(*args, **kwargs), self.Vh.to(*args, **kwargs))

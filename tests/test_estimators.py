@@ -58,7 +58,6 @@ def test_streaming_against_exact(count, shape):
     assert captured(g, estimate.factors) > 0.98
     assert torch.allclose(estimate.factors.S.double(), torch.linalg.svdvals(g)[:RANK], rtol=0.03)
     assert estimate.energy == pytest.approx(float(g.square().sum()), rel=0.05)
-    assert (estimate.updates, estimate.skipped) == (count, 0)
 
 
 @pytest.mark.parametrize("count", [None, 1, 4])
@@ -138,7 +137,7 @@ def test_zero_micro_batches_and_few_tokens():
     mixed = [zeros, pairs[0], zeros, *pairs[1:], zeros]
     estimate = run(Streaming(spec(), len(mixed)), mixed)
     g = exact(mixed)
-    assert captured(g, estimate.factors) > 0.999 and estimate.skipped == 0
+    assert captured(g, estimate.factors) > 0.999
 
 
 def test_all_zero():
@@ -162,7 +161,6 @@ def test_a_poisoned_micro_batch_is_left_out_and_counted(bad, position, where):
         flags = [bool(estimator.update(*pair)) for pair in pairs]
         estimate = estimator.finish(4)
         assert flags == [i != position for i in range(5)]
-        assert (estimate.updates, estimate.skipped) == (5, 1)
         assert objective_excess(exact(good), estimate.factors, R) < 0.01
         assert torch.isfinite(torch.tensor(estimate.energy))
 

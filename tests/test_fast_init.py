@@ -9,57 +9,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from zoo import ARCHITECTURES, MLP, batches, build, captured, exact_gradients, mlp_batches, objective_excess
+from zoo import (
+    ARCHITECTURES,
+    MLP,
+    R,
+    assert_same,
+    batches,
+    build,
+    captured,
+    config,
+    everything_about,
+    exact_gradients,
+    halves,
+    init,
+    mlp_batches,
+    objective_excess,
+)
 
 import loraga
 from loraga import InitConfig
 
-R = 4
-
-
-def config(**kwargs) -> LoraConfig:
-    return LoraConfig(**{"r": R, "lora_alpha": 8, "use_rslora": True, "target_modules": "all-linear", **kwargs})
-
-
-def init(model, loader, lora=None, **kwargs) -> PeftModel:
-    return loraga.fast_init(model, loader, lora or config(), show_progress_bar=False, **kwargs)
-
 
 def linear_names(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-
-
-def halves(peft_model, name: str, r: int = R) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, n) and B (m, r): the trained half."""
-    layer = peft_model.base_model.model.get_submodule(name)
-    return layer.lora_A["default"].weight.detach()[:r], layer.lora_B["default"].weight.detach()[:, :r]
-
-
-def everything_about(model: nn.Module) -> dict:
-    """Weights, gradients, modes, flags and hooks, to be compared."""
-    return {
-        "state": {k: v.clone() for k, v in model.state_dict().items()},
-        "grad": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
-        "flags": {n: p.requires_grad for n, p in model.named_parameters()},
-        "modes": {n: m.training for n, m in model.named_modules()},
-        "kinds": {n: type(m) for n, m in model.named_modules()},
-        "hooks": {n: (len(m._forward_hooks), len(m._backward_hooks)) for n, m in model.named_modules()},
-        "rng": torch.get_rng_state(),
-    }
-
-
-def assert_same(a: dict, b: dict) -> None:
-    for key in ("state", "grad"):
-        assert a[key].keys() == b[key].keys()
-        for name, value in a[key].items():
-            other = b[key][name]
-            assert (value is None and other is None) or torch.equal(value, other), name
-    for key in ("flags", "modes", "kinds", "hooks"):
-        assert a[key] == b[key], key
-    assert torch.equal(a["rng"], b["rng"])
 
 
 # ------------------------------------------------------------------------------------------------- exactness
@@ -107,8 +82,7 @@ def test_start_is_the_paper_formula_on_the_exact_factors(name):
         c = g.shape[0] ** 0.25 / 4
         assert torch.allclose(a @ a.T, c**2 * torch.eye(R), atol=1e-4 * c**2)
         assert torch.allclose(b.T @ b, c**2 * torch.eye(R), atol=1e-4 * c**2)
-        u, _, vh = torch.linalg.svd(g)
-        s = torch.linalg.svdvals(g)
+        _, s, vh = torch.linalg.svd(g)
         if s[R - 1] > 1.2 * s[R]:  # where there is a gap the subspace is defined
             overlap = (a.double() / c) @ vh[:R].T
             assert overlap.square().sum() > 0.97 * R
@@ -134,8 +108,9 @@ def minilm():
     loader = []
     for i in range(4):
         rows = data.train[16 * i : 16 * i + 16]
-        batch = dict(tokenizer([r.text for r in rows], padding=True, truncation=True, max_length=64, return_tensors="pt"))
-        batch["labels"] = torch.tensor([r.label for r in rows])
+        texts = [text for text, _ in rows]
+        batch = dict(tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt"))
+        batch["labels"] = torch.tensor([label for _, label in rows])
         loader.append(batch)
     return load_model(16, seed=0), loader
 
@@ -190,7 +165,8 @@ import torch, loraga, hashlib
 torch.manual_seed({noise}); torch.set_num_threads(2)
 from zoo import build, batches
 m = loraga.fast_init(build("llama"), batches("llama"), show_progress_bar=False, seed=5)
-print(hashlib.sha256(b"".join(v.numpy().tobytes() for k, v in sorted(m.state_dict().items()) if "lora" in k)).hexdigest())
+state = b"".join(v.numpy().tobytes() for k, v in sorted(m.state_dict().items()) if "lora" in k)
+print(hashlib.sha256(state).hexdigest())
 """
     outputs = {
         subprocess.run(

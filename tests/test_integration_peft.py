@@ -59,6 +59,8 @@ def base_model(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "llama":
         return llama().eval()
+    if kind == "sequential":  # one that a process without this file can unpickle
+        return nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 20, bias=False)).eval()
     if kind == "gpt2":
         config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.15)
         return GPT2LMHeadModel(config).eval()
@@ -67,7 +69,7 @@ def base_model(kind: str) -> nn.Module:
 
 def inputs(kind: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    if kind == "mlp":
+    if kind in ("mlp", "sequential"):
         return torch.randn(7, 24, generator=generator)
     return torch.randint(0, 64, (3, 11), generator=generator)
 
@@ -264,7 +266,7 @@ assert sys.modules["loraga"] is None
 def test_saved_adapters_are_right_in_plain_peft_on_the_original_base(tmp_path):
     """B7, B17: a process that cannot import loraga, every offset and model, also read with low_cpu_mem_usage."""
     cases, expected = [], []
-    for kind in ("llama", "gpt2"):
+    for kind in ("llama", "gpt2", "sequential"):
         for offset in OFFSETS:
             for rslora in (False, True):
                 directory = tmp_path / f"{kind}-{offset}-{rslora}"

@@ -205,7 +205,7 @@ def test_keyword_call_and_expanded_gradient():
 
 def test_a_layer_that_is_no_map_of_tensors_is_named():
     lstm = nn.LSTM(3, 4)
-    with pytest.raises(TypeError, match="'rnn' .LSTM."), quiet(lstm), Taps({"rnn": lstm}, lambda *_: None):
+    with pytest.raises(TypeError, match=r"'rnn' .LSTM."), quiet(lstm), Taps({"rnn": lstm}, lambda *_: None):
         lstm(torch.randn(2, 1, 3))
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 import transformers as hf
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
+import loraga
+
+R = 4
 WIDTH, INNER, VOCABULARY = 320, 448, 97
 
 
@@ -137,7 +142,7 @@ class MLP(nn.Module):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         for layer in self.layers[:-1]:
@@ -190,3 +195,41 @@ def captured(gradient: Tensor, factors) -> float:
     """Energy of G on the left and right subspaces of the factors, over that of the best of their rank."""
     best = torch.linalg.svdvals(gradient)[: factors.rank].square().sum()
     return float((factors.U.double().T @ gradient @ factors.Vh.double().T).square().sum() / best)
+
+
+def config(**kwargs) -> LoraConfig:
+    return LoraConfig(**{"r": R, "lora_alpha": 8, "use_rslora": True, "target_modules": "all-linear", **kwargs})
+
+
+def init(model, loader, lora=None, **kwargs) -> PeftModel:
+    return loraga.fast_init(model, loader, lora or config(), show_progress_bar=False, **kwargs)
+
+
+def halves(peft_model, name: str, r: int = R) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, n) and B (m, r): the trained half."""
+    layer = peft_model.base_model.model.get_submodule(name)
+    return layer.lora_A["default"].weight.detach()[:r], layer.lora_B["default"].weight.detach()[:, :r]
+
+
+def everything_about(model: nn.Module) -> dict:
+    """Weights, gradients, modes, flags and hooks, to be compared."""
+    return {
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "grad": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
+        "flags": {n: p.requires_grad for n, p in model.named_parameters()},
+        "modes": {n: m.training for n, m in model.named_modules()},
+        "kinds": {n: type(m) for n, m in model.named_modules()},
+        "hooks": {n: (len(m._forward_hooks), len(m._backward_hooks)) for n, m in model.named_modules()},
+        "rng": torch.get_rng_state(),
+    }
+
+
+def assert_same(a: dict, b: dict) -> None:
+    for key in ("state", "grad"):
+        assert a[key].keys() == b[key].keys()
+        for name, value in a[key].items():
+            other = b[key][name]
+            assert (value is None and other is None) or torch.equal(value, other), name
+    for key in ("flags", "modes", "kinds", "hooks"):
+        assert a[key] == b[key], key
+    assert torch.equal(a["rng"], b["rng"])

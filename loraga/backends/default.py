@@ -21,7 +21,7 @@ _JITTER_SEED = 0x10A6A
 
 
 def philox(counter: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit words (as int64) of Philox4x32-10 at each 64-bit `counter` (int64) under the 64-bit key `seed`."""
+    """The four 32-bit words (as int64) of Philox4x32-10 at each `counter` (int64) under the 64-bit key `seed`."""
     c0, c1 = counter & _MASK, (counter >> 32) & _MASK
     c2 = c3 = torch.zeros_like(counter)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK

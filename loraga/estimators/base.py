@@ -30,14 +30,10 @@ class Estimate:
     Attributes:
         factors (`Factors`): the leading triplets of the mean over micro-batches.
         energy (`float`): estimate of the squared Frobenius norm of that mean, never below that of the factors.
-        updates (`int`): calls that brought a gradient.
-        skipped (`int`): of those, left out because of NaN or Inf.
     """
 
     factors: Factors
     energy: float
-    updates: int
-    skipped: int
 
 
 class Estimator(Protocol):

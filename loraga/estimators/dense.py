@@ -26,7 +26,6 @@ class Dense:
         self._g = torch.zeros(
             spec.m, spec.n, dtype=dtype, device="cpu" if self._host else spec.device, pin_memory=self._host
         )
-        self._finite: list[Tensor] = []
 
     @property
     def state_bytes(self) -> int:
@@ -37,10 +36,8 @@ class Dense:
             g = self._g.to(self._spec.device, non_blocking=True)
             finite = _ops.accumulate_(g, x, dy, scale)
             self._g.copy_(g, non_blocking=True)  # same stream as the next fetch, so the order is kept
-        else:
-            finite = _ops.accumulate_(self._g, x, dy, scale)
-        self._finite.append(finite)
-        return finite
+            return finite
+        return _ops.accumulate_(self._g, x, dy, scale)
 
     def finish(self, divisor: float) -> Estimate:
         g = self._g.to(self._spec.device)
@@ -50,8 +47,6 @@ class Dense:
         result = Estimate(
             factors=Factors(factors.U, factors.S / divisor, factors.Vh),
             energy=energy * (float(scale) / divisor) ** 2,
-            updates=len(self._finite),
-            skipped=int((~torch.stack(self._finite)).sum()),
         )
         del self._g
         return result

@@ -57,7 +57,7 @@ class Streaming:
         self._z = torch.zeros(self._k, spec.n, device=spec.device)
         self._probes = test_matrix(spec.n, _PROBES, spec.seed + 1, spec.device)
         self._probed = torch.zeros(spec.m, _PROBES, device=spec.device)
-        self._finite: list[Tensor] = []
+        self._empty = True
 
     @staticmethod
     def pays(spec: LayerSpec) -> bool:
@@ -70,7 +70,7 @@ class Streaming:
 
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         q, z = self._q, self._z
-        if not self._finite:  # nothing summed yet: start from the left, which costs half of a pass
+        if self._empty:  # nothing summed yet: start from the left, which costs half of a pass
             start = _ops.right_product(x, dy, test_matrix(self._spec.m, self._k, self._spec.seed, q.device))
             v, zv = _ops.orthonormalize(torch.nan_to_num(start, 0.0, 0.0, 0.0).mT), None
         else:
@@ -88,7 +88,7 @@ class Streaming:
         self._q = torch.where(finite, new_q, q)
         self._z = torch.where(finite, new_z, z)
         self._probed += torch.where(finite, probed, 0.0)
-        self._finite.append(finite)
+        self._empty = False
         return finite
 
     def _range(self, y: Tensor, zv: Tensor | None, finite: Tensor) -> Tensor:
@@ -107,12 +107,9 @@ class Streaming:
         scale = spectrum[0].clamp_min(1e-30)
         outside = (self._probed - self._q @ (self._z @ self._probes)) / scale
         energy = (spectrum / scale).double().square().sum() + 3 * outside.double().square().sum() / _PROBES
-        finite = torch.stack(self._finite)
         result = Estimate(
             factors=type(factors)(factors.U, factors.S / divisor, factors.Vh),
             energy=float(energy * (scale.double() / divisor).square()),
-            updates=len(self._finite),
-            skipped=int((~finite).sum()),
         )
         del self._q, self._z, self._probed, self._probes
         return result

@@ -73,7 +73,9 @@ def test_kernels_compile_without_spills(architecture, tmp_path):
         command += [f"-I{CSRC / 'include'}", source, "-o", tmp_path / "out.cubin"]
         compiled = subprocess.run(command, capture_output=True, text=True)
         assert compiled.returncode == 0, compiled.stderr
-        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.stderr)
+        spills = re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.stderr
+        )
         used = re.findall(r"Used (\d+) registers.*?(\d+) bytes smem", compiled.stderr)
         assert spills, f"ptxas reported nothing:\n{compiled.stderr}"
         assert len(used) == len(spills)

@@ -75,7 +75,7 @@ def check(core: torch.Tensor, u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor
 @pytest.mark.parametrize("k", SIZES)
 @pytest.mark.parametrize("kind", CORES)
 def test_against_float64_lapack(kind, k, device):
-    core = CORES[kind](k).float()[None].to(device)
+    core = CORES[kind](k).float()[None].contiguous().to(device)
     check(core, *_native.jacobi_svd(core))
 
 
