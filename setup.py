@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,9 +36,10 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        # The folder is named after the interpreter, which a CMake cache must not outlive.
-        build = Path(self.build_temp).resolve() / sys.implementation.cache_tag
-        build.mkdir(parents=True, exist_ok=True)
+        # Always anew: a CMake cache would keep the compilers and switches of an earlier build.
+        build = Path(self.build_temp).resolve() / "cmake"
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True)
         configure = [
             "cmake",
             "-S",

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +20,7 @@ import time
 import warnings
 from pathlib import Path
 
+import _machine
 import torch
 
 SHAPES = {
@@ -200,29 +199,6 @@ def run_case(case: str, args: argparse.Namespace) -> dict:
     return row
 
 
-def versions() -> dict[str, str]:
-    import peft
-    import transformers
-
-    import loraga
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "commit": commit + ("-dirty" if dirty.stdout else ""),
-        "cpu": cpu,
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "loraga": loraga.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-105m")
@@ -258,8 +234,7 @@ def main() -> None:
         row["peak_bytes"] = statistics.median(r["peak_bytes"] for r in runs)
         summary.append({key: value for key, value in row.items() if value is not None})
     result = {
-        "command": " ".join(["python", *sys.argv]),
-        **versions(),
+        **_machine.describe(),
         "model": args.shape,
         "tokens": [args.batches, args.rows, args.length],
         "rank": RANK,

@@ -31,7 +31,7 @@ def _against_steps(axes: Axes, runs: Sequence[Run], rate: float, sweep_seed: int
     for method, lr, style in _settings(runs, rate, sweep_seed):
         group = select(runs, method, lr)
         curve = mean_curve(group)
-        note = ", its best" if method == LORA and lr != rate else ""
+        note = "" if lr == rate else ", its best" if method == LORA else f", {lr / rate:.0f} x"
         axes.plot(
             curve[0],
             curve[column],
@@ -46,7 +46,6 @@ def _against_steps(axes: Axes, runs: Sequence[Run], rate: float, sweep_seed: int
         low, high = zip(*((min(v), max(v)) for v in zip(*single, strict=True)), strict=True)
         axes.fill_between(curve[0], low, high, color=COLOUR[method], alpha=0.13, linewidth=0)
     axes.set_xticks(runs[0].steps)
-    axes.set_xlim(0, None)
     axes.set_xlabel("training steps")
     axes.grid(alpha=0.25)
 
@@ -62,10 +61,17 @@ def _against_rate(axes: Axes, runs: Sequence[Run], rate: float, sweep_seed: int)
             color=COLOUR[method],
             linewidth=2,
             markersize=5,
-            label=method,
+        )
+        axes.annotate(
+            method,
+            (swept[0].lr, swept[0].accuracy[-1]),
+            xytext=(8, -14),
+            textcoords="offset points",
+            color=COLOUR[method],
         )
     level = final_accuracy([run for run in select(runs, FULL, rate) if run.seed == sweep_seed])
-    axes.plot([rate], [level], "s", color=COLOUR[FULL], markersize=7, label=FULL)
+    axes.plot([rate], [level], "s", color=COLOUR[FULL], markersize=7)
+    axes.annotate(FULL, (rate, level), xytext=(8, -4), textcoords="offset points", color=COLOUR[FULL])
     rates = sorted({run.lr for run in runs})
     axes.set_xscale("log")
     axes.set_xticks(rates)
@@ -73,7 +79,6 @@ def _against_rate(axes: Axes, runs: Sequence[Run], rate: float, sweep_seed: int)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}\n{value / rate:.0f} x"))
     axes.set_xlabel("learning rate, and as a multiple of full fine-tuning's")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="lower left", fontsize=9)
 
 
 def draw(runs: Sequence[Run], file: Path, *, rate: float, sweep_seed: int, chance: float, subtitle: str) -> None:
@@ -95,7 +100,7 @@ def draw(runs: Sequence[Run], file: Path, *, rate: float, sweep_seed: int, chanc
     for axes in (accuracy, rates):
         axes.set_ylim(0, None)
         axes.axhline(chance, color="#999999", linewidth=1, linestyle=(0, (2, 3)))
-        axes.text(0.99, chance, "largest class ", ha="right", va="bottom", fontsize=8, color="#777777",
+        axes.text(0.01, chance, "always the largest class", ha="left", va="bottom", fontsize=8, color="#777777",
                   transform=axes.get_yaxis_transform())  # fmt: skip
     accuracy.set_title("accuracy on held-out texts (higher is better)", fontsize=11)
     loss.set_title("loss on held-out texts (lower is better)", fontsize=11)

@@ -109,11 +109,12 @@ def findings(
         said.append(
             f"Plain LoRA at the best learning rate of its own sweep, {lora_best[0].lr:.0e}, reaches "
             f"{early_best:.2f} after {early} steps and {final_accuracy(lora_best):.2f} after {last}; it "
-            + ("does not reach" if passed is None else f"needs {passed} steps for")
-            + f" what {LORA_GA} has at {rate:.0e} in the end."
+            + ("never has" if passed is None else f"has by step {passed}")
+            + f" what {LORA_GA} at {rate:.0e} has in the end."
         )
     said.append(
-        f"Each at its own best rate, {LORA_GA} at {ours_best[0].lr:.0e} is {compare(ours_best, lora_best)} in the end."
+        f"Each at its own best rate, {LORA_GA} at {ours_best[0].lr:.0e} is {compare(ours_best, lora_best)} in the end, "
+        f"with a held-out loss of {mean_curve(ours_best)[2][-1]:.2f} against {mean_curve(lora_best)[2][-1]:.2f}."
     )
 
     high = select(runs, LORA_GA, swept_rates(runs, LORA_GA)[-1])

@@ -738,6 +738,11 @@ def test_layers_that_are_not_linear_keep_their_rank(offset, tmp_path):
     for model in (peft_model, again):
         adapters.export_adapter(model, tmp_path / "out", rank=6)
         close(output(PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "out"), x), trained)
+        adapters.export_adapter(model, tmp_path / "small")
+        small = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "small").base_model.model
+        assert small.block[0].r["default"] == 3 and small.conv[0].r["default"] == 2
+        here, there = (m.conv[0].lora_A["default"].weight for m in (small, model.base_model.model))
+        assert torch.equal(here, there)
 
 
 class Pair(nn.Module):
@@ -894,6 +899,8 @@ def test_bad_starts_are_named():
 def test_snapshot_restores_a_plain_model(kind):
     """B31: after an injection, whatever happened since."""
     model = base_model(kind).train()
+    if kind != "mlp":
+        model.config.pretraining_tp = 2  # PEFT sets it to 1
     first = next(model.parameters())
     first.requires_grad_(False)
     handle = model.register_forward_hook(lambda *args: None)

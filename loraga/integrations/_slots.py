@@ -167,14 +167,11 @@ def adapters_disabled(peft_model: nn.Module) -> Iterator[None]:
     """
     check_not_merged(peft_model)
     switches = [m for m in peft_model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    before = [module.__dict__.get("_disable_adapters") for module in switches]
+    before = [module._disable_adapters for module in switches]
     try:
         for module in switches:
             module._disable_adapters = True
         yield
     finally:
         for module, value in zip(switches, before, strict=True):
-            if value is None:
-                module.__dict__.pop("_disable_adapters", None)
-            else:
-                module._disable_adapters = value
+            module._disable_adapters = value
