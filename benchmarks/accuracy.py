@@ -126,10 +126,30 @@ def variants() -> Iterator[tuple[str, Callable[[LayerSpec, int], Streaming | Den
     yield "dense bfloat16", lambda spec, n: Dense(spec, torch.bfloat16), setting(width, steps)
 
 
+def table(result: dict) -> str:
+    """Markdown: a row per variant; the worst over models and ranks, for each number of micro-batches."""
+    lines = [
+        "| variant | " + " | ".join(f"{count} micro-batch{'es' if count > 1 else ''}" for count in BATCHES) + " |",
+        "|---|" + "---|" * len(BATCHES),
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in result["rows"]):
+        cells = []
+        for count in BATCHES:
+            rows = [r for r in result["rows"] if r["variant"] == variant and r["micro_batches"] == count]
+            keys = ("objective_excess_mean", "objective_excess_worst", "energy_lost_worst")
+            cells.append(" / ".join(f"{max(max(row[key] for row in rows), 0):.2f}" for key in keys))
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path, help="print the table of a result file and do nothing else")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
     models = {
         "minilm classification": (*minilm("classification"), (0, 2, 5)),
         "minilm masked tokens": (*minilm("masked tokens"), (0, 2, 5)),
