@@ -162,7 +162,7 @@ def orthonormalize(y: Tensor) -> Tensor:
     """Orthonormal Q (..., m, k) float32 whose columns span the range of `y` (..., m, k), m >= k.
 
     Fixed control flow, no wait for the device, any finite input: zero, rank-deficient and badly scaled blocks give an
-    orthonormal Q too, completed by pseudo-random directions. ‖QᵀQ − I‖ stays below 1e-6 up to condition 1e7. A block
+    orthonormal Q too, completed by fixed dense directions. ‖QᵀQ − I‖ stays below 1e-6 up to condition 1e7. A block
     with NaN or Inf gives numbers without meaning and no error.
     """
     _check_orthonormalize(y)

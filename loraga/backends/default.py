@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,20 +19,25 @@ _MASK = 0xFFFFFFFF
 # Added to every unit column before its Gram matrix is taken, as a share of it: large enough that a zero or dependent
 # column becomes a usable direction, far below what a sketch resolves.
 _JITTER = 1e-6
-_JITTER_SEED = 0x10A6A
 
 
 def philox(counter: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 32-bit words (as int64) of Philox4x32-10 at each `counter` (int64) under the 64-bit key `seed`."""
-    c0, c1 = counter & _MASK, (counter >> 32) & _MASK
-    c2 = c3 = torch.zeros_like(counter)
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
+    # made on the device by fills and arithmetic: nothing is copied from the host
+    multiplier, keys = counter.new_empty(2, 1), counter.new_empty(10, 2, 1)
+    for i in range(2):
+        multiplier[i].fill_(_PHILOX_M[i])
+        torch.arange(10, device=counter.device, out=keys[:, i, 0])
+        keys[:, i].mul_(_PHILOX_W[i]).add_((seed >> (32 * i)) & _MASK).bitwise_and_(_MASK)
+    flat = counter.reshape(1, -1)
+    even = torch.cat((flat & _MASK, torch.zeros_like(flat)))  # words 0 and 2, which are multiplied
+    odd = torch.cat(((flat >> 32) & _MASK, torch.zeros_like(flat)))  # words 1 and 3
+    for key in keys:
         # int64 products wrap; their upper and lower 32 bits are still those of the unsigned product
-        p0, p1 = c0 * _PHILOX_M[0], c2 * _PHILOX_M[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + _PHILOX_W[0]) & _MASK, (k1 + _PHILOX_W[1]) & _MASK
-    return c0, c1, c2, c3
+        product = even * multiplier
+        even = (((product >> 32) & _MASK).flip(0) ^ odd) ^ key
+        odd = (product & _MASK).flip(0)
+    return tuple(word.view(counter.shape) for word in (even[0], odd[0], even[1], odd[1]))  # type: ignore[return-value]
 
 
 @implement("test_matrix_", _KEY)
@@ -79,10 +86,9 @@ def orthonormalize(y: Tensor) -> Tensor:
     what rounding left. A square block can be worse conditioned than the jitter suggests and gets a third pass.
     """
     m, k = y.shape[-2:]
-    noise = y.new_empty(m, k)
-    test_matrix_(noise, _JITTER_SEED)
-    noise = noise.double()
-    noise = noise / noise.norm(dim=0).clamp_min(1e-30)
+    row, column = (torch.arange(length, dtype=torch.float64, device=y.device) for length in (m, k))
+    # columns of the DCT, the highest frequencies first: orthonormal, dense, like no gradient, and free of state
+    noise = ((math.pi / m) * (row + 0.5)[:, None] * (m - 1 - column)).cos_().mul_(math.sqrt(2 / m))
     a = y.double()
     norm = a.norm(dim=-2, keepdim=True)  # float64 squares neither overflow nor vanish for float32 input
     a = torch.where(norm > 0, a / norm.clamp_min(1e-300) + _JITTER * noise, noise)
