@@ -144,7 +144,7 @@ def accumulate_(g: Tensor, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------
 # orthonormalize: an orthonormal basis of the range of a tall block
 # ------------------------------------------------------------------------------------------------------------------
-_lib.define("orthonormalize(Tensor y) -> Tensor")
+_lib.define("orthonormalize(Tensor y, bool refine) -> Tensor")
 
 
 def _check_orthonormalize(y: Tensor) -> None:
@@ -153,20 +153,21 @@ def _check_orthonormalize(y: Tensor) -> None:
 
 
 @torch.library.register_fake("loraga::orthonormalize", lib=_lib)
-def _(y: Tensor) -> Tensor:
+def _(y: Tensor, refine: bool) -> Tensor:
     _check_orthonormalize(y)
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
-def orthonormalize(y: Tensor) -> Tensor:
+def orthonormalize(y: Tensor, refine: bool = True) -> Tensor:
     """Orthonormal Q (..., m, k) float32 whose columns span the range of `y` (..., m, k), m >= k.
 
-    Fixed control flow, no wait for the device, any finite input: zero, rank-deficient and badly scaled blocks give an
-    orthonormal Q too, completed by fixed dense directions. ‖QᵀQ − I‖ stays below 1e-6 up to condition 1e7. A block
-    with NaN or Inf gives numbers without meaning and no error.
+    Fixed control flow, no wait for the device, any finite input: zero, rank-deficient and badly scaled blocks give a
+    Q of full rank too, completed by fixed dense directions. ‖QᵀQ − I‖ stays below 1e-6 up to condition 1e7; without
+    `refine` the work halves and that holds up to condition 1e2 only, which serves a basis that is used once and made
+    anew (up to 1e7 its condition stays near 1). A block with NaN or Inf gives numbers without meaning and no error.
     """
     _check_orthonormalize(y)
-    return torch.ops.loraga.orthonormalize(y)
+    return torch.ops.loraga.orthonormalize(y, refine)
 
 
 # ------------------------------------------------------------------------------------------------------------------

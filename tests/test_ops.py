@@ -47,7 +47,7 @@ def tall(kind: str, m: int, k: int) -> torch.Tensor:
         ("left_product", lambda: (torch.randn(9, 4), torch.randn(9, 6), torch.randn(4, 2))),
         ("right_product", lambda: (torch.randn(9, 4), torch.randn(9, 6), torch.randn(6, 2))),
         ("accumulate_", lambda: (torch.zeros(6, 4), torch.randn(9, 4), torch.randn(9, 6), 0.5)),
-        ("orthonormalize", lambda: (torch.randn(2, 9, 4),)),
+        ("orthonormalize", lambda: (torch.randn(2, 9, 4), True)),
         ("small_svd", lambda: (torch.randn(2, 4, 4),)),
     ],
 )
@@ -149,6 +149,15 @@ def test_orthonormalize_any_input(shape, kind):
     assert (q.T @ q - torch.eye(shape[1])).norm(2) < 1e-6
     unit = y.double() / y.double().norm(dim=0).clamp_min(1e-300)
     assert (unit - q @ (q.T @ unit)).norm() < 2e-5  # the range is kept
+
+
+@pytest.mark.parametrize("kind", ["zero", "rank one", "zero columns", "scaled columns", "3", "7"])
+def test_orthonormalize_without_refinement(kind):
+    """Full rank and well conditioned for any input, orthonormal for a good one."""
+    q = _ops.orthonormalize(tall(kind, 200, 80), refine=False).double()
+    assert torch.linalg.cond(q) < 2
+    q = _ops.orthonormalize(torch.randn(200, 80), refine=False).double()
+    assert (q.T @ q - torch.eye(80)).norm(2) < 1e-6
 
 
 @settings(max_examples=60, deadline=None)

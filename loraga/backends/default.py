@@ -78,22 +78,24 @@ def accumulate_(g: Tensor, x: Tensor, dy: Tensor, scale: float) -> Tensor:
 
 
 @implement("orthonormalize", _KEY)
-def orthonormalize(y: Tensor) -> Tensor:
-    """Column scaling, then CholeskyQR with Gram, factor and product in float64 (see docs/numerics.md).
+def orthonormalize(y: Tensor, refine: bool) -> Tensor:
+    """Column scaling, then CholeskyQR with Gram, factor and product in float64 (docs/numerics.md).
 
     CholeskyQR2 (Yamamoto et al., 2015) in float32 fails from condition 1e4; a float64 Gram carries it to 1e7. The
     jitter bounds the condition by about its reciprocal, so the first Cholesky always exists; the second pass removes
     what rounding left. A square block can be worse conditioned than the jitter suggests and gets a third pass.
     """
     m, k = y.shape[-2:]
-    row, column = (torch.arange(length, dtype=torch.float64, device=y.device) for length in (m, k))
+    row, column = (torch.arange(length, dtype=torch.float32, device=y.device) for length in (m, k))
     # columns of the DCT, the highest frequencies first: orthonormal, dense, like no gradient, and free of state
     noise = ((math.pi / m) * (row + 0.5)[:, None] * (m - 1 - column)).cos_().mul_(math.sqrt(2 / m))
-    a = y.double()
-    norm = a.norm(dim=-2, keepdim=True)  # float64 squares neither overflow nor vanish for float32 input
-    a = torch.where(norm > 0, a / norm.clamp_min(1e-300) + _JITTER * noise, noise)
+    largest = y.abs().amax(dim=-2, keepdim=True)
+    a = y / torch.where(largest > 0, largest, 1.0)  # squares overflow and vanish no more
+    norm = torch.linalg.vector_norm(a, dim=-2, keepdim=True)
+    a = torch.where(norm > 0, a / norm + _JITTER * noise, noise).double()
     eye = torch.eye(k, dtype=a.dtype, device=a.device)
-    for shift in (1e-15, 0.0) if m >= 1.5 * k else (1e-14, 1e-15, 0.0):
+    shifts = (1e-15,) if not refine else (1e-15, 0.0) if m >= 1.5 * k else (1e-14, 1e-15, 0.0)
+    for shift in shifts:
         gram = a.mT @ a
         mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         lower = torch.linalg.cholesky_ex(gram + (shift * k) * mean * eye).L

@@ -40,6 +40,11 @@ def power_steps(micro_batches: int | None) -> int:
     return 1 if micro_batches == 1 else 0
 
 
+def _basis(y: Tensor) -> Tensor:
+    """Orthonormal to what an intermediate basis needs; `finish` makes the factors orthonormal to the last digit."""
+    return _ops.orthonormalize(y, refine=False)
+
+
 class Streaming:
     """Factors of a sum of gradients from k (m + n) numbers of state, k = `sketch_width(rank)`.
 
@@ -72,21 +77,22 @@ class Streaming:
         q, z = self._q, self._z
         if self._empty:  # nothing summed yet: start from the left, which costs half of a pass
             start = _ops.right_product(x, dy, test_matrix(self._spec.m, self._k, self._spec.seed, q.device))
-            v, zv = _ops.orthonormalize(torch.nan_to_num(start, 0.0, 0.0, 0.0).mT), None
+            v, zv = _basis(torch.nan_to_num(start, 0.0, 0.0, 0.0).mT), None
         else:
-            v = _ops.orthonormalize(z.mT)
+            v = _basis(z.mT)
             zv = z @ v
         left = _ops.left_product(x, dy, torch.cat((v, self._probes), dim=1)).mul_(scale)
         finite = torch.isfinite(left).all()
         probed, y = left[:, self._k :], left[:, : self._k]
         new_q = self._range(y, zv, finite)
         for _ in range(power_steps(self._micro_batches)):
-            v = _ops.orthonormalize(self._project(x, dy, scale, new_q).nan_to_num_(0.0, 0.0, 0.0).mT)
+            v = _basis(self._project(x, dy, scale, new_q).nan_to_num_(0.0, 0.0, 0.0).mT)
             new_q = self._range(_ops.left_product(x, dy, v).mul_(scale), z @ v, finite)
         new_z = self._project(x, dy, scale, new_q)
         finite = finite & torch.isfinite(new_z).all()
-        self._q = torch.where(finite, new_q, q)
-        self._z = torch.where(finite, new_z, z)
+        # in place, so that the memory of the state is taken once
+        torch.where(finite, new_q, q, out=q)
+        torch.where(finite, new_z, z, out=z)
         self._probed += torch.where(finite, probed, 0.0)
         self._empty = False
         return finite
@@ -94,7 +100,7 @@ class Streaming:
     def _range(self, y: Tensor, zv: Tensor | None, finite: Tensor) -> Tensor:
         """orth(G_t V + Q (Z V)), from finite numbers in any case."""
         y = torch.where(finite, y, 0.0)
-        return _ops.orthonormalize(y if zv is None else torch.addmm(y, self._q, zv))
+        return _basis(y if zv is None else torch.addmm(y, self._q, zv))
 
     def _project(self, x: Tensor, dy: Tensor, scale: float, q: Tensor) -> Tensor:
         """Qᵀ (G_t + Q_old Z_old), the projection of the sum on the range of `q`."""
