@@ -204,6 +204,22 @@ def run_case(case: str, args: argparse.Namespace) -> dict:
     return row
 
 
+def table(result: dict) -> str:
+    """Markdown: a row per case."""
+    lines = [
+        "| case | seconds | over the floor | peak memory | of the LoRA step's | objective excess, mean / worst layer |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        objective = row.get("objective")
+        accuracy = f"{objective['mean_excess']:.2%} / {objective['worst_excess']:.2%}" if objective else ""
+        lines.append(
+            f"| {row['case']} | {row['seconds']:.1f} | {row['over_floor']:.2f} | {row['peak_bytes'] / 1e9:.2f} GB "
+            f"| {row['memory_over_lora_step']:.2f} | {accuracy} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-105m")
@@ -215,7 +231,11 @@ def main() -> None:
     parser.add_argument("--check-layers", type=int, nargs="*", default=[0, 6, 11])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--table", type=Path, help="print the table of a result file and do nothing else")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
     if args.case:
         print(json.dumps(run_case(args.case, args)))
         return
@@ -255,7 +275,9 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text + "\n")
-    print(text)
+        print(table(result))
+    else:
+        print(text)
 
 
 if __name__ == "__main__":
