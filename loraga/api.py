@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from loraga import recipes
@@ -55,7 +56,8 @@ def fast_init(
         max_batches (`int`, *optional*): take no more batches than these. The gradient is their mean, each batch
             weighted the same.
         adapter_name (`str`): which adapter.
-        seed (`int`): of the sketch and of `direction="random"`. Same seed, same input: same bits.
+        seed (`int`): of the sketch, of `direction="random"`, and in a plain model of layers that stay ordinary. Same
+            seed, same input: same bits.
         show_progress_bar (`bool`): show progress over batches and layers.
 
     Returns:
@@ -76,8 +78,9 @@ def fast_init(
         )
     restore = adapters.snapshot(model) if plain else None
     try:
-        with rng_untouched():
-            peft_model = adapters.inject(model, lora_config, adapter_name) if plain else model
+        # parameters made in inference mode could never be trained
+        with torch.inference_mode(False), rng_untouched():
+            peft_model = _inject(model, lora_config, adapter_name, seed) if plain else model
             adapters.check_adapter(peft_model, adapter_name)
             slots, unsupported = adapters.find_slots(peft_model, adapter_name)
             if not slots:
@@ -109,13 +112,13 @@ def fast_init(
             }
             if not starts:
                 raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")
+            _warn_about_ordinary(report)  # before anything is written: a warning may be made an error
             adapters.write_start(peft_model, adapter_name, starts, init.offset)
             report.seconds["adapter"] = time.perf_counter() - began
     except BaseException:
         if restore is not None:
             restore()
         raise
-    _warn_about_ordinary(report)
     peft_model.loraga_report = report
     return peft_model
 
@@ -145,8 +148,8 @@ def estimate_factors(
 
     Returns:
         `dict[str, Factors]`: by module name of `model`: U (m, rank), S (rank,), Vh (rank, n), float32, where (m, n) is
-        (out_features, in_features) also for layers that store the transpose. Layers that saw no gradient are left
-        out, with a warning that names them.
+        (out_features, in_features) also for layers that store the transpose. Layers that saw no gradient, or none
+        without NaN or Inf, are left out, with a warning that names them.
 
     Raises:
         ValueError, TypeError: as [`fast_init`].
@@ -167,10 +170,14 @@ def estimate_factors(
             seed=seed,
             show_progress_bar=show_progress_bar,
         )
-    missing = [name for name in targets if name not in estimation.estimates]
-    if missing:
-        warnings.warn(f"No gradient reached {_listed(missing)}: left out of the result.", stacklevel=2)
-    return {name: result.factors for name, result in estimation.estimates.items()}
+    unseen = {name: reason for name in targets if (reason := _why_unseen(name, estimation))}
+    if unseen:
+        listed = _listed([f"{name} ({reason})" for name, reason in unseen.items()])
+        warnings.warn(f"These layers are left out of the result: {listed}.", stacklevel=2)
+    if estimation.skipped_batches:
+        layers = _listed([name for name, count in estimation.skipped.items() if count])
+        warnings.warn(_skipped(estimation) + f" at {layers}.", stacklevel=2)
+    return {name: result.factors for name, result in estimation.estimates.items() if name not in unseen}
 
 
 def _checked(init: InitConfig | None, max_batches: int | None) -> InitConfig:
@@ -179,6 +186,13 @@ def _checked(init: InitConfig | None, max_batches: int | None) -> InitConfig:
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise ValueError(f"max_batches={max_batches!r} must be a whole number of at least 1, or None for all.")
     return init or InitConfig()
+
+
+def _inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str, seed: int) -> PeftModel:
+    """A fresh adapter; where the gradient will not decide its start, `seed` does."""
+    with rng_untouched():
+        torch.random.default_generator.manual_seed(seed_of(seed, adapter_name))
+        return adapters.inject(model, lora_config, adapter_name)
 
 
 def _start(slot: AdapterSlot, factors: Factors, init: InitConfig, seed: int) -> tuple[Tensor, Tensor]:
@@ -205,17 +219,22 @@ def _report(
     )
 
 
+def _why_unseen(name: str, estimation: Estimation) -> str:
+    """Why nothing is known of a layer's gradient, or an empty string."""
+    if name not in estimation.estimates:
+        # under reentrant checkpointing a block runs without gradients first, and only then if its input needs one
+        return "called, but no gradient reached it" if name in estimation.called else "never called with gradients on"
+    return "every micro-batch had NaN or Inf" if estimation.skipped[name] == estimation.updates[name] else ""
+
+
 def _layer_report(slot: AdapterSlot, estimation: Estimation) -> LayerReport:
+    reason = _why_unseen(slot.name, estimation)
     found = estimation.estimates.get(slot.name)
     if found is None:
-        reason = "called, but no gradient reached it" if slot.name in estimation.called else "never called"
         return LayerReport(slot.name, slot.shape, slot.rank, ORDINARY, reason)
     spectrum = found.factors.S.tolist()
-    reason = ""
     updates, skipped = estimation.updates[slot.name], estimation.skipped[slot.name]
-    if skipped == updates:
-        reason = "every micro-batch had NaN or Inf"
-    elif not spectrum[0] > 0:
+    if not reason and not spectrum[0] > 0:
         reason = "gradient is zero"
     captured = sum((s / spectrum[0]) ** 2 for s in spectrum) / (found.energy / spectrum[0] ** 2) if not reason else None
     return LayerReport(
@@ -237,11 +256,11 @@ def _warn_about_ordinary(report: InitReport) -> None:
         listed = _listed([f"{layer.name} ({layer.reason})" for layer in report.ordinary])
         warnings.warn(f"These layers keep an ordinary LoRA start: {listed}.", stacklevel=3)
     if report.skipped_batches:
-        warnings.warn(
-            f"{report.skipped_batches} of {report.micro_batches} micro-batches gave NaN or Inf and were left out; "
-            "loraga_report says at which layers.",
-            stacklevel=3,
-        )
+        warnings.warn(_skipped(report) + "; loraga_report says at which layers.", stacklevel=3)
+
+
+def _skipped(seen: Estimation | InitReport) -> str:
+    return f"{seen.skipped_batches} of {seen.micro_batches} micro-batches gave NaN or Inf and were left out"
 
 
 def _listed(names: list[str], most: int = 10) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from tqdm.auto import tqdm
 
 from loraga.config import InitConfig
@@ -168,6 +170,8 @@ class _Collector:
         """One micro-batch: forward, backward, and every target's update on the way."""
         self._flags, self._summed = {}, set()
         loss = loss_of()
+        if self._flags:
+            raise ValueError("loss_fn ran backward itself; let it return the loss, and loraga runs backward.")
         if taps.saw_float16:
             self._backward_float16(loss, loss_of, taps)
         else:
@@ -265,8 +269,13 @@ def _move(batch: Any, device: torch.device) -> Any:
     """`batch` with every tensor in nested mappings, lists and tuples on `device`; anything else as it is."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: _move(value, device) for key, value in batch.items()}
+    if isinstance(batch, MutableMapping):  # of the same kind, for a loss_fn that reads attributes
+        moved = copy.copy(batch)
+        for key, value in batch.items():
+            moved[key] = _move(value, device)
+        return moved
+    if isinstance(batch, PackedSequence):
+        return batch.to(device)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_move(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):

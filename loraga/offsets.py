@@ -266,6 +266,6 @@ def shift_base(slot: AdapterSlot, sign: int) -> None:
 def _shift(slot: AdapterSlot, A: torch.Tensor, B: torch.Tensor, sign: int) -> None:
     weight = slot.base_layer.weight
     wide = torch.promote_types(weight.dtype, torch.float32)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         delta = (sign * slot.scaling) * (B.to(weight.device, wide) @ A.to(weight.device, wide))
         weight.copy_(weight.to(wide) + (delta.T if slot.transposed else delta))

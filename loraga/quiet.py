@@ -37,8 +37,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
     All modules are put into eval mode (no dropout, BatchNorm statistics stand still) except where training mode is
     what makes the code path work: modules that checkpoint activations only while training (transformers), and
     recurrent layers, whose cuDNN backward exists only in training mode. On those the dropout rates are set to zero
-    instead. Gradients are enabled also where the caller had disabled them. Modes, `requires_grad` and rates are as
-    before afterwards, whatever happens inside.
+    instead. torch's own transformer layers keep to their ordinary path: in eval mode with nothing to train they would
+    take one for inference, which calls no layer or passes nested tensors. Gradients are enabled also where the caller
+    had disabled them. Modes, `requires_grad` and rates are as before afterwards, whatever happens inside.
     """
     with ExitStack() as undo:
         checkpointing = False
@@ -56,6 +57,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(False)
         if checkpointing:
             _let_gradients_start_at_embeddings(model, undo)
+        undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
         yield
@@ -69,16 +72,22 @@ def _zero_rates(owner: Any, later: Callable[..., Any]) -> None:
 
 
 def _let_gradients_start_at_embeddings(model: nn.Module, undo: ExitStack) -> None:
-    """Reentrant checkpointing builds no graph for blocks whose inputs need no gradient."""
-    find = getattr(model, "get_input_embeddings", None)
+    """Reentrant checkpointing builds no graph for blocks whose inputs need no gradient.
+
+    Every part is asked for its own: encoder and decoder, or image and text, may start at different ones.
+    """
+
+    def require(_module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.is_floating_point() and torch.is_grad_enabled():
+            output.requires_grad_(True)
+
+    for embeddings in dict.fromkeys(map(_input_embeddings, model.modules())):
+        if isinstance(embeddings, nn.Module):
+            undo.callback(embeddings.register_forward_hook(require).remove)
+
+
+def _input_embeddings(module: Any) -> Any:
     try:
-        embeddings = find() if find is not None else None
-    except NotImplementedError:
-        embeddings = None
-    if isinstance(embeddings, nn.Module):
-
-        def require(_module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor) and output.is_floating_point() and torch.is_grad_enabled():
-                output.requires_grad_(True)
-
-        undo.callback(embeddings.register_forward_hook(require).remove)
+        return module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None

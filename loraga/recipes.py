@@ -106,7 +106,7 @@ def _lora_one(top: Factors, gamma: float, name: str) -> tuple[torch.Tensor, torc
 
 def _directions(rank: int, direction: str, name: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which of the first 2r triplets A and B take; the two are always disjoint."""
-    order = torch.arange(2 * rank)
+    order = torch.arange(2 * rank, device="cpu")  # whatever the caller's default device is
     if direction == "ArB2r":
         return order[:rank], order[rank:]
     if direction == "A2rBr":
@@ -115,8 +115,8 @@ def _directions(rank: int, direction: str, name: str, seed: int) -> tuple[torch.
         return order[1::2], order[0::2]
     # A digest, not hash(): the same in every process whatever PYTHONHASHSEED says.
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    order = torch.randperm(2 * rank, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    order = torch.randperm(2 * rank, generator=generator, device="cpu")
     return order[:rank], order[rank:]
 
 

@@ -40,12 +40,15 @@ class _Tap(torch.autograd.Function):
 
 
 def _matrices(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """x (T, n) and dy (T, m), tokens flattened, in one dtype: the narrower, in which the layer itself multiplied."""
+    """x (T, n) and dy (T, m), tokens flattened, in one dtype: the narrower, in which the layer itself multiplied.
+
+    float64 becomes float32, in which the sums are kept.
+    """
     x, dy = x.detach().reshape(-1, x.shape[-1]), dy.detach().reshape(-1, dy.shape[-1])
     if x.dtype != dy.dtype:
         dtype = dy.dtype if dy.element_size() < x.element_size() else x.dtype
         x, dy = x.to(dtype), dy.to(dtype)
-    return x, dy
+    return (x.float(), dy.float()) if x.dtype == torch.float64 else (x, dy)
 
 
 class Taps:

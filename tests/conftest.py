@@ -1,4 +1,4 @@
-"""Shared by all tests: quiet offline libraries, two threads, and no uninitialised memory that happens to be zero."""
+"""Shared by all tests: quiet offline libraries, and no uninitialised memory that happens to be zero."""
 
 from __future__ import annotations
 

@@ -67,7 +67,14 @@ def raising_in_backward(model, batch):
     return Explode.apply(model(**batch).loss)
 
 
+def backward_of_its_own(model, batch):
+    loss = model(**batch).loss
+    loss.backward()
+    return loss
+
+
 CASES = {
+    "loss_fn runs backward": (lambda b: (b, {"loss_fn": backward_of_its_own}), ValueError, "ran backward itself"),
     "empty loader": (lambda b: ([], {}), ValueError, "no batch"),
     "no loss": (lambda b: (no_labels(b), {}), ValueError, "no loss.*labels.*input_ids"),
     "not a mapping": (lambda b: ([x["input_ids"] for x in b], {}), TypeError, "Tensor, not a mapping.*loss_fn"),
@@ -141,7 +148,7 @@ def test_one_clear_error_and_everything_as_it_was(case, kind):
     if kind == "peft":
         lora = kwargs.pop("lora", None) or config()
         if case == "no target":
-            return  # PEFT itself refuses that model
+            pytest.skip("PEFT itself refuses that model")
         model = get_peft_model(model, lora)
         call = lambda: loraga.fast_init(model, loader, show_progress_bar=False, **kwargs)  # noqa: E731
     else:
@@ -174,6 +181,19 @@ def test_a_peft_model_without_that_adapter():
     model = get_peft_model(build("llama"), config())
     with pytest.raises(ValueError, match=r"no adapter 'other'.*'default'"):
         loraga.fast_init(model, batches("llama"), adapter_name="other", show_progress_bar=False)
+
+
+@pytest.mark.parametrize("call", ["fast_init", "estimate_factors"])
+def test_a_base_that_is_not_the_original(call):
+    """The gradient of the shifted weights is another one."""
+    peft_model = init(MLP(), mlp_batches(), init=InitConfig(offset="subtract"))
+    options = {} if call == "estimate_factors" else {"show_progress_bar": False}
+    with pytest.raises(ValueError, match=r"'layers\.0'.*offset='subtract'.*restore_base"):
+        getattr(loraga, call)(peft_model, mlp_batches(), **options)
+    loraga.restore_base(peft_model)
+    factors = loraga.estimate_factors(peft_model, mlp_batches(), rank=4)
+    for name, f in loraga.estimate_factors(MLP(), mlp_batches(), rank=4).items():
+        assert torch.allclose(factors[f"base_model.model.{name}"].S, f.S, rtol=1e-3)
 
 
 def test_a_config_beside_a_peft_model():
@@ -226,7 +246,9 @@ def test_a_layer_without_gradient_stays_ordinary_and_is_named():
             self.aside(inputs)
             return super().forward(inputs, labels)
 
-    with pytest.warns(UserWarning, match=r"unused \(never called\), aside \(called, but no gradient reached it\)"):
+    with pytest.warns(
+        UserWarning, match=r"unused \(never called with gradients on\), aside \(called, but no gradient reached it\)"
+    ):
         peft_model = init(Odd(), mlp_batches())
     by_name = {x.name: x for x in peft_model.loraga_report.layers}
     assert by_name["unused"].status == by_name["aside"].status == "ordinary"
@@ -234,9 +256,81 @@ def test_a_layer_without_gradient_stays_ordinary_and_is_named():
     layer = peft_model.base_model.model.unused
     x = torch.randn(3, 40)
     assert torch.equal(layer(x), layer.base_layer(x))
-    with pytest.warns(UserWarning, match="unused, aside: left out"):
+    with pytest.warns(UserWarning, match=r"left out of the result: unused \(never called.*\), aside \(called"):
         factors = loraga.estimate_factors(Odd(), mlp_batches(), rank=4)
     assert "unused" not in factors and "layers.1" in factors
+
+
+@pytest.mark.parametrize("offset", ["anchor", "subtract"])
+@pytest.mark.parametrize("kind", ["plain", "peft"])
+def test_a_warning_made_an_error_changes_nothing(kind, offset):
+    class Unused(MLP):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Linear(40, 30)
+
+    model = Unused() if kind == "plain" else get_peft_model(Unused(), config())
+    before = everything_about(model)
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="unused"):
+        warnings.simplefilter("error", UserWarning)
+        loraga.fast_init(
+            model,
+            mlp_batches(),
+            config() if kind == "plain" else None,
+            init=InitConfig(offset=offset),
+            show_progress_bar=False,
+        )
+    assert_same(everything_about(model), before)
+
+
+def test_estimate_factors_leaves_a_poisoned_layer_out():
+    """Where every gradient is NaN nothing is known; where some are, a warning says how many."""
+
+    def loss_fn(model, batch):
+        poison = torch.full((), float("nan") if bool(batch["inputs"][0, 0] > -9) else 0.0)
+        first = model.layers[0](batch["inputs"])
+        second = model.layers[1](torch.tanh(first.detach()))
+        return second.square().mean() + (first * poison).mean()
+
+    loader = mlp_batches()
+    with pytest.warns(UserWarning) as caught:
+        factors = loraga.estimate_factors(MLP(), loader, ["layers.0", "layers.1"], rank=4, loss_fn=loss_fn)
+    assert list(factors) == ["layers.1"]
+    said = [str(warning.message) for warning in caught]
+    assert said == [
+        "These layers are left out of the result: layers.0 (every micro-batch had NaN or Inf).",
+        "4 of 4 micro-batches gave NaN or Inf and were left out at layers.0.",
+    ]
+    loader[0]["inputs"][0, 0] = -10
+    with pytest.warns(UserWarning, match=r"3 of 4 micro-batches gave NaN or Inf and were left out at layers\.0"):
+        factors = loraga.estimate_factors(MLP(), loader, ["layers.0", "layers.1"], rank=4, loss_fn=loss_fn)
+    assert list(factors) == ["layers.0", "layers.1"]
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("where", ["offloaded", "meta"])
+def test_an_adapter_that_is_nowhere(where, low_cpu_mem_usage):
+    """PEFT makes the adapter of an offloaded layer on the meta device, where a start would vanish without a word."""
+    from accelerate import cpu_offload
+
+    def model():
+        made = MLP()
+        return cpu_offload(made, execution_device="cpu") if where == "offloaded" else made.to("meta")
+
+    message = r"layer 'layers\.0' is offloaded or not loaded yet \(meta device\).*Load the model into memory"
+    with pytest.raises(ValueError, match=message):
+        init(model(), mlp_batches())
+    peft_model = get_peft_model(model(), config(), low_cpu_mem_usage=low_cpu_mem_usage)
+    with pytest.raises(ValueError, match=message):
+        loraga.fast_init(peft_model, mlp_batches(), show_progress_bar=False)
+
+
+def test_the_gradient_of_an_offloaded_model_can_be_seen():
+    from accelerate import cpu_offload
+
+    expected = loraga.estimate_factors(MLP(), mlp_batches(), rank=4)
+    factors = loraga.estimate_factors(cpu_offload(MLP(), execution_device="cpu"), mlp_batches(), rank=4)
+    assert all(torch.equal(f.U, expected[name].U) for name, f in factors.items())
 
 
 def test_no_warning_when_nothing_is_wrong():
@@ -300,10 +394,12 @@ def test_bfloat16_models_sum_in_float32():
     model = MLP((64, 96, 80, 12)).bfloat16()
     loader = [{**b, "inputs": b["inputs"].bfloat16()} for b in mlp_batches(256, rows=8, width=64)]
     gradient = exact_gradients(model, ["layers.1"], loader)["layers.1"]
-    f = loraga.estimate_factors(model, loader, ["layers.1"], rank=8)["layers.1"]
-    exact = torch.linalg.svdvals(gradient)[:8]
-    assert ((f.S.double() - exact).norm() / exact.norm()) < 0.02
-    assert captured(gradient, f) > 0.98
+    weight, total = model.layers[1].weight, torch.zeros(80, 96, dtype=torch.bfloat16)
+    for batch in loader:
+        total += torch.autograd.grad(model(**batch)["loss"], weight)[0]
+    assert (total.double() / 256 - gradient).norm() > 0.015 * gradient.norm()
+    f = loraga.estimate_factors(model, loader, ["layers.1"], rank=80)["layers.1"]  # all of it
+    assert (f.U @ torch.diag(f.S) @ f.Vh - gradient).norm() < 0.003 * gradient.norm()
 
 
 def test_few_batches_are_no_error():

@@ -162,7 +162,7 @@ def test_same_seed_same_bits_in_any_process():
     code = """
 import sys; sys.path.insert(0, {tests!r})
 import torch, loraga, hashlib
-torch.manual_seed({noise}); torch.set_num_threads(2)
+torch.manual_seed({noise}); torch.set_num_threads(1)
 from zoo import build, batches
 m = loraga.fast_init(build("llama"), batches("llama"), show_progress_bar=False, seed=5)
 state = b"".join(v.numpy().tobytes() for k, v in sorted(m.state_dict().items()) if "lora" in k)
@@ -310,6 +310,7 @@ def test_loaders_and_losses_of_every_kind():
             assert torch.equal(halves(reference, layer.name)[0], halves(got, layer.name)[0])
 
     check([BatchEncoding(b) for b in loader])
+    check([BatchEncoding(b) for b in loader], lambda m, b: m(input_ids=b.input_ids, labels=b.labels).loss)
     check(torch.utils.data.DataLoader(loader, batch_size=None))
     check([(b["input_ids"], b["labels"]) for b in loader], lambda m, b: m(input_ids=b[0], labels=b[1]).loss)
     check([*loader, *loader], max_batches=4)
@@ -341,6 +342,30 @@ def test_autocast_in_the_loss_function():
     exact = exact_gradients(model, ["model.layers.1.mlp.up_proj"], loader)["model.layers.1.mlp.up_proj"]
     f = loraga.estimate_factors(model, loader, [r"layers.1.mlp.up_proj"], rank=8, loss_fn=loss_fn)
     assert captured(exact, f["model.layers.1.mlp.up_proj"]) > 0.97
+
+
+@pytest.mark.parametrize("estimator", ["streaming", "dense"])
+def test_called_inside_autocast(estimator):
+    """The model runs under the caller's autocast; the linear algebra and the base's shift do not."""
+    model, loader = build("llama"), batches("llama")
+    with torch.no_grad():
+        expected = model(**loader[0]).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        factors = loraga.estimate_factors(model, loader, rank=8, estimator=estimator)
+        peft_model = init(model, loader, init=InitConfig(offset="subtract", scale="weight-svd", estimator=estimator))
+    for f in factors.values():
+        assert torch.allclose(f.U.T @ f.U, torch.eye(8), atol=1e-5)
+    with torch.no_grad():
+        assert (peft_model(**loader[0]).logits - expected).abs().max() <= 2e-5 * expected.abs().max().clamp_min(1.0)
+
+
+def test_called_in_inference_mode():
+    """What comes out can be trained all the same."""
+    model, loader = build("llama"), batches("llama")
+    with torch.inference_mode():
+        peft_model = init(model, loader)
+    peft_model(**batches("llama")[0]).loss.backward()
+    assert sum(p.grad is not None for p in peft_model.parameters()) == 28
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
@@ -413,3 +438,16 @@ def test_state_bytes_show_that_no_gradient_sized_buffer_exists():
     report = init(model, [{"input_ids": ids, "labels": ids}]).loraga_report
     weights = 4 * sum(x.shape[0] * x.shape[1] for x in report.layers)
     assert report.state_bytes < 0.2 * weights
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_the_caller_does_not_matter(dtype):
+    model, loader = build("llama"), batches("llama")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        factors = loraga.estimate_factors(model, loader, ["up_proj"], rank=4)
+    finally:
+        torch.set_default_dtype(before)
+    for name, f in loraga.estimate_factors(model, loader, ["up_proj"], rank=4).items():
+        assert torch.equal(f.U, factors[name].U)

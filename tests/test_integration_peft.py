@@ -937,6 +937,14 @@ def test_inject_leaves_the_users_config_alone():
     assert len(adapters.find_slots(peft_model, "default")[0]) == 4  # PEFT's default for llama: q and v
 
 
+def test_replicated_layers_are_targets_too():
+    replication = [(0, 2), (1, 2)]
+    peft_model = adapters.inject(base_model("llama"), config(layer_replication=replication), "default")
+    slots = adapters.find_slots(peft_model, "default")[0]
+    assert len(slots) == 21
+    assert slots[-1].name == "model.layers.2.mlp.down_proj"
+
+
 def test_inject_without_a_config():
     peft_model = adapters.inject(base_model("mlp"), None, "mine")
     chosen = peft_model.peft_config["mine"]
@@ -1030,6 +1038,13 @@ def test_targets_of_prompt_learning_are_refused():
         adapters.find_target_names(peft_model)
     with pytest.raises(TypeError, match="initialises LoRA"):
         adapters.check_adapter(peft_model, "default")
+
+
+def test_targets_beside_modules_to_save():
+    """The copies that PEFT trains in full, and their originals, are no targets."""
+    peft_model = get_peft_model(base_model("llama"), config(modules_to_save=["lm_head"]))
+    found = adapters.find_target_names(peft_model)
+    assert list(found) == [f"base_model.model.{name}" for name in adapters.find_target_names(base_model("llama"))]
 
 
 def test_targets_of_a_plain_module_leave_its_output_layer_out():

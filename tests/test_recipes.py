@@ -111,6 +111,15 @@ def test_random_depends_on_seed_and_name_and_leaves_the_global_generator_alone()
     assert len({tuple(A.flatten().tolist()) for A in others}) == 5
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_default_device_of_the_callers_plays_no_part(direction):
+    factors, config = exact(gradient((48, 20))), InitConfig(direction=direction)
+    expected = begin(factors, config)
+    with torch.device("meta"):
+        got = start(factors, RANK, config, scaling=SCALING, name="layer", seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_random_is_the_same_in_another_process():
     code = (
         "import torch; from loraga.config import InitConfig; from loraga.factors import Factors;"

@@ -243,3 +243,58 @@ def test_batch_norm_statistics_and_dropout_stand_still():
     b = seen_gradients(model, ["0"], lambda m: m(x).square().sum())["0"]
     assert torch.equal(a, b) and model[1].training and model[2].training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Encoder(nn.Module):
+    """torch's own transformer layers, which in eval mode and with nothing to train would take a path of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.5, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+        return self.encoder(x, src_key_padding_mask=padding)[:, :3, :5]
+
+
+def test_torch_transformer_layers_keep_to_their_ordinary_path():
+    model, x = Encoder(), torch.randn(2, 5, 8)
+    names = [f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    before = torch.backends.mha.get_fastpath_enabled()
+    seen = seen_gradients(model.train(), names, lambda m: loss_of(m, x))
+    assert torch.backends.mha.get_fastpath_enabled() is before
+    for name, g in truth(model.eval(), x, names).items():
+        assert torch.allclose(seen[name].float(), g, rtol=1e-3, atol=1e-5 * float(g.abs().max()))
+
+
+def test_float64_models_are_seen_in_float32():
+    model, x = Net().double(), torch.randn(4, 5, dtype=torch.float64)
+    dtypes = set()
+    with quiet(model), Taps({"first": model.first}, lambda n, x, dy: dtypes.update({x.dtype, dy.dtype})) as taps:
+        taps.backward(loss_of(model, x))
+    assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_reentrant_checkpointing_inside_a_module_of_ones_own(name):
+    """The embeddings at which gradients start are those of a part."""
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build(name)
+
+        def forward(self, **batch):
+            return self.inner(**batch)
+
+    model, (batch,) = Wrapped(), batches(name, 1)
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".0." in n]
+    expected = exact_gradients(model, layers, [batch])
+    model.inner.gradient_checkpointing_enable({"use_reentrant": True})
+    for module in model.modules():
+        module._forward_hooks.clear()  # transformers 5 makes embeddings require gradients by itself, 4 does not
+    seen = seen_gradients(model, layers, lambda m: m(**batch).loss)
+    for layer, g in expected.items():
+        assert torch.allclose(seen[layer], g, rtol=1e-3, atol=1e-5 * float(g.abs().max()) + 1e-12)
+    assert not any(m._forward_hooks for m in model.modules())

@@ -68,10 +68,10 @@ class Streaming:
         self._spec = spec
         self._micro_batches = micro_batches
         self._k = sketch_width(spec.rank)
-        self._q = torch.zeros(spec.m, self._k, device=spec.device)
-        self._z = torch.zeros(self._k, spec.n, device=spec.device)
+        self._q = torch.zeros(spec.m, self._k, dtype=torch.float32, device=spec.device)
+        self._z = torch.zeros(self._k, spec.n, dtype=torch.float32, device=spec.device)
         self._probes = test_matrix(spec.n, _PROBES, spec.seed + 1, spec.device)
-        self._probed = torch.zeros(spec.m, _PROBES, device=spec.device)
+        self._probed = torch.zeros(spec.m, _PROBES, dtype=torch.float32, device=spec.device)
         self._empty = True
 
     @staticmethod

@@ -34,17 +34,25 @@ def check_adapter(peft_model: PeftModel, adapter_name: str) -> None:
 
     Raises:
         TypeError: the adapter is of another kind than LoRA.
-        ValueError: there is no such adapter, adapters are merged, or the base weights were changed by
-            `offset="subtract"`.
+        ValueError: there is no such adapter, adapters are merged, the base weights were changed by
+            `offset="subtract"`, or a layer is on the meta device together with its adapter.
     """
     check_is_lora(peft_model, adapter_name)
-    check_not_merged(peft_model)
+    _check_base_is_original(peft_model)
     for name, module in peft_model.named_modules():
-        if isinstance(module, ShiftedLinear):
+        if isinstance(module, LoraLayer) and _nowhere(module, adapter_name):
             raise ValueError(
-                f"Layer {short_name(name)!r} was initialised with offset='subtract', so the base weights are not the "
-                "original ones. Call loraga.restore_base(model) first, or load the base model again."
+                f"The weight of layer {short_name(name)!r} is offloaded or not loaded yet (meta device), and PEFT made "
+                "its adapter there too, where no start can be written. Load the model into memory, in a smaller dtype "
+                "or quantized if need be."
             )
+
+
+def _nowhere(layer: LoraLayer, adapter_name: str) -> bool:
+    base = getattr(layer.get_base_layer(), "weight", None)
+    if not isinstance(base, torch.Tensor) or not base.is_meta or adapter_name not in layer.lora_A:
+        return False
+    return any(parameter.is_meta for parameter in layer.lora_A[adapter_name].parameters())
 
 
 def check_not_merged(model: nn.Module) -> None:
@@ -53,6 +61,16 @@ def check_not_merged(model: nn.Module) -> None:
             raise ValueError(
                 f"Adapter {', '.join(module.merged_adapters)} is merged into layer {short_name(name)!r}; call "
                 "unmerge_adapter() first."
+            )
+
+
+def _check_base_is_original(model: nn.Module) -> None:
+    check_not_merged(model)
+    for name, module in model.named_modules():
+        if isinstance(module, ShiftedLinear):
+            raise ValueError(
+                f"Layer {short_name(name)!r} was initialised with offset='subtract', so the base weights are not the "
+                "original ones. Call loraga.restore_base(model) first, or load the base model again."
             )
 
 
@@ -163,9 +181,9 @@ def adapters_disabled(peft_model: nn.Module) -> Iterator[None]:
     """The base model's own function for the time of the context; `requires_grad` is not touched.
 
     Raises:
-        ValueError: an adapter is merged.
+        ValueError: an adapter is merged, or the base weights were changed by `offset="subtract"`.
     """
-    check_not_merged(peft_model)
+    _check_base_is_original(peft_model)
     switches = [m for m in peft_model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     before = [module._disable_adapters for module in switches]
     try:

@@ -10,7 +10,9 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch._dynamo import OptimizedModule
 from transformers.pytorch_utils import Conv1D
 
 from loraga.snapshot import snapshot
@@ -19,6 +21,8 @@ from loraga.snapshot import snapshot
 INNER_PREFIX = "base_model.model."
 # the ordinary starts that PEFT may give layers which we do not initialise
 _ORDINARY_STARTS = (True, "gaussian")
+# wrappers that take stock of a model's parameters or rename them, and where the model is inside
+_WRAPPERS = {nn.DataParallel: "module", nn.parallel.DistributedDataParallel: "module", OptimizedModule: "_orig_mod"}
 
 
 def find_target_names(
@@ -69,6 +73,12 @@ def inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) 
     """
     if isinstance(model, PeftModel):
         raise TypeError("inject needs a plain model; this one is a PeftModel with adapters of its own.")
+    for kind, attribute in _WRAPPERS.items():
+        if isinstance(model, kind):
+            raise ValueError(
+                f"The model is wrapped in {kind.__name__}, which would neither see the adapter's parameters nor keep "
+                f"their names; pass model.{attribute}, and wrap what comes back."
+            )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("This model carries PEFT layers already; pass the PeftModel around it, or unload() it first.")
     if lora_config is None:
@@ -76,10 +86,12 @@ def inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) 
     if not isinstance(lora_config, LoraConfig):
         raise TypeError(f"lora_config must be a peft.LoraConfig, not {type(lora_config).__name__}.")
     config = _ordinary(lora_config)
-    asked = config.target_modules
-    _resolve_targets(model, config)
-    if not config.target_parameters and not any(True for _ in _matches(model, config)):
-        raise ValueError(_nothing_found(model, config, asked))
+    resolved = copy.copy(config)
+    _resolve_targets(model, resolved)
+    if not config.target_parameters and not any(True for _ in _matches(model, resolved)):
+        raise ValueError(_nothing_found(model, config, config.target_modules))
+    if config.layer_replication is None:  # else PEFT itself looks, once it has added the layers
+        config = resolved
     restore = snapshot(model)
     try:
         with warnings.catch_warnings():
@@ -146,7 +158,7 @@ def _matches(base: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.Modu
     for name, module in base.named_modules():
         if not name or name.startswith(inside):
             continue
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside = (*inside, name + ".")
         if check_target_module_exists(config, name):
             yield name, module

@@ -19,7 +19,7 @@ def seed_of(seed: int, name: str) -> int:
 
 def test_matrix(rows: int, cols: int, seed: int, device: torch.device | str) -> Tensor:
     """(rows, cols) float32 on `device`: see `loraga._ops.test_matrix_`."""
-    return _ops.test_matrix_(torch.empty(rows, cols, device=device), seed)
+    return _ops.test_matrix_(torch.empty(rows, cols, dtype=torch.float32, device=device), seed)
 
 
 test_matrix.__test__ = False  # type: ignore[attr-defined]  # pytest would take the name for a test
@@ -38,11 +38,12 @@ def factorize(q: Tensor, z: Tensor, rank: int) -> tuple[Factors, Tensor]:
     q (m, k) float32 with any columns, z (k, n) float32, k <= min(m, n). Works through orthonormal bases of both sides
     and one k x k core, so nothing m x n is formed.
     """
-    left = _ops.orthonormalize(q)
-    right = _ops.orthonormalize(z.mT)
-    core = (left.mT @ q) @ (z @ right)
-    u, s, vh = _ops.small_svd(core)
-    u, vh = fix_signs(left @ u[:, :rank], vh[:rank] @ right.mT)
+    with torch.autocast(q.device.type, enabled=False):  # the caller's, which would round the products to half precision
+        left = _ops.orthonormalize(q)
+        right = _ops.orthonormalize(z.mT)
+        core = (left.mT @ q) @ (z @ right)
+        u, s, vh = _ops.small_svd(core)
+        u, vh = fix_signs(left @ u[:, :rank], vh[:rank] @ right.mT)
     return Factors(u, s[:rank], vh), s
 
 
@@ -70,10 +71,11 @@ def truncated_svd(g: Tensor, rank: int, *, seed: int = 0, oversampling: int = 32
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank={rank} must be between 1 and min(m, n) = {min(m, n)} for a matrix of shape {m, n}.")
     k = min(max(2 * rank, rank + oversampling), m, n)
-    scale = g.abs().amax().float()
-    g = g.float() / torch.where(scale > 0, scale, 1.0)
-    q = _ops.orthonormalize(g @ test_matrix(n, k, seed, g.device))
-    for _ in range(iterations):
-        q = _ops.orthonormalize(g @ _ops.orthonormalize(g.mT @ q))
-    factors, _ = factorize(q, q.mT @ g, rank)
+    with torch.autocast(g.device.type, enabled=False):
+        scale = g.abs().amax().float()
+        g = g.float() / torch.where(scale > 0, scale, 1.0)
+        q = _ops.orthonormalize(g @ test_matrix(n, k, seed, g.device))
+        for _ in range(iterations):
+            q = _ops.orthonormalize(g @ _ops.orthonormalize(g.mT @ q))
+        factors, _ = factorize(q, q.mT @ g, rank)
     return Factors(factors.U, factors.S * scale, factors.Vh)
