@@ -275,7 +275,7 @@ def _move(batch: Any, device: torch.device) -> Any:
             moved[key] = _move(value, device)
         return moved
     if isinstance(batch, PackedSequence):
-        return batch.to(device=device)
+        return batch.to(device)  # type: ignore[arg-type]  # its annotation knows dtypes only
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_move(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
