@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ import torch
 TABLE = Path(__file__).with_name("tuning.json")
 RAGGED = "ragged"  # operands whose rows are not contiguous, or no multiples of 16 long: on every architecture
 ARCHITECTURES = (80, 90, 100)  # that the table holds and that are compiled ahead of time
+
+
+_trial: dict[str, dict[str, int]] = {}
+
+
+@contextmanager
+def using(kernel: str, config: dict[str, int]) -> Iterator[None]:
+    """Launch `kernel` with `config` whatever the table says, for a search."""
+    _trial[kernel] = config
+    try:
+        yield
+    finally:
+        del _trial[kernel]
 
 
 @functools.cache
@@ -39,6 +53,8 @@ def entries(kernel: str, dtype: torch.dtype, arch: int | None) -> Iterator[tuple
 
 def config(kernel: str, dtype: torch.dtype, arch: int | None, columns: int = 0) -> dict[str, int]:
     """Block sizes, num_warps and num_stages: the entry with the fewest columns that fit, or the widest one."""
+    if kernel in _trial:
+        return _trial[kernel]
     entry: dict[str, int] = {}
     for most, entry in entries(kernel, dtype, arch):
         if columns <= most:

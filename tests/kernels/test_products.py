@@ -7,7 +7,7 @@ import torch
 
 from kernels.support import DEVICE, DTYPES, assert_as_good, needs_device, operand
 from loraga.backends import default
-from loraga.kernels import accumulate, choice, commit, random, streaming, thin, tuning
+from loraga.kernels import accumulate, choice, commit, random, search, streaming, thin, tuning
 
 pytestmark = needs_device
 
@@ -162,6 +162,7 @@ def test_accumulate_rounds_to_nearest_once():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["x", "dy"])
 @pytest.mark.parametrize("tokens", [40, 900])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # that is what is tested
 def test_accumulate_leaves_a_poisoned_batch_out(where, bad, tokens):
     x, dy, g = operand(tokens, 33), operand(tokens, 20, seed=1), operand(20, 33, seed=2)
     (x if where == "x" else dy)[-1, -1] = bad
@@ -218,3 +219,26 @@ class TestChoice:
         monkeypatch.setenv("LORAGA_TRITON", "yes")
         with pytest.raises(ValueError, match="LORAGA_TRITON='yes'"):
             choice.picks("accumulate_", 90, torch.empty(1), 1)
+
+
+class TestSearch:
+    """What can be seen of the search without a GPU: its candidates give the right result, and it asks for a device."""
+
+    @pytest.mark.parametrize("kernel", ["draw", "project", "fold", "accumulate"])
+    def test_candidates_fit_the_launchers(self, kernel, monkeypatch):
+        monkeypatch.setattr(search, "_TOKENS", 48)
+        monkeypatch.setattr(search, "_WIDTH", 32)
+        (columns, present), *_ = tuning.entries(kernel, torch.float32, 90)
+        configs = list(search.candidates(kernel, columns))
+        assert all(config.keys() == present.keys() for config in configs)
+        run = search.workload(kernel, torch.float32, columns, torch.device(DEVICE))
+        expected = run().clone()
+        for config in (configs[0], configs[-1]):
+            with tuning.using(kernel, config):
+                torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-4)
+        assert tuning.config(kernel, torch.float32, 90, columns) == present
+
+    def test_a_search_needs_a_device(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(RuntimeError, match="no CUDA device"):
+            search.tune(1.0)

@@ -1,0 +1,44 @@
+"""Randomized subspace iteration on a batch of buffers of one shape: the range finder of `linalg.truncated_svd`.
+
+    Q = orth(G Ω);   `iterations` times:  W = orth(Gᵀ Q),  Q = orth(G W);   Z = Qᵀ G
+
+Halko, Martinsson, Tropp (2011), algorithm 4.4. G is read once per product and never copied or widened; Ω is drawn where
+it is used. Launches: 2 for the largest entries, 1 + 6 iterations products and bases, 1 at the end, whatever the number
+of matrices, and one more for each product whose sum is cut into parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loraga.backends import default
+from loraga.kernels.orthonormalize import orthonormalize
+from loraga.kernels.random import fill
+from loraga.kernels.thin import fold, project
+
+subspace_reference = default.subspace
+
+
+def subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """See `loraga._ops.subspace`: q (b, m, k) orthonormal and z = qᵀ g (b, k, n), float32, for g (b, m, n)."""
+    if k % 4 == 0:
+        y = project(g, None, seeds=seeds, k=k)
+    else:  # drawing goes by fours
+        omega = torch.empty(g.shape[0], g.shape[2], k, dtype=torch.float32, device=g.device)
+        for out, seed in zip(omega, seeds, strict=True):
+            fill(out, seed)
+        y = project(g, omega.to(g.dtype))
+    for _ in range(iterations):
+        q = orthonormalize(y, refine=False)
+        v = orthonormalize(fold(g, q.to(g.dtype)), refine=False)
+        y = project(g, v.to(g.dtype))
+    q = orthonormalize(y, refine=True)
+    if g.dtype == torch.float32:
+        return q, fold(g, q, transposed=True)
+    # what rounding Q to a half type leaves goes in as columns of their own: see the reference
+    high = q.to(g.dtype)
+    z = fold(g, torch.cat((high, (q - high).to(g.dtype)), dim=-1), transposed=True)
+    return q, z[:, :k] + z[:, k:]
