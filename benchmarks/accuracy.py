@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import _machine
 
-from loraga.estimators import Dense, LayerSpec, Streaming, streaming
+from loraga.estimators import Dense, LayerSpec, Streaming, finish, streaming
 from loraga.quiet import quiet
 from loraga.taps import Taps
 
@@ -176,7 +176,7 @@ def main() -> None:
                         estimator = make(spec, count)
                         for x, dy in stream[:count]:
                             estimator.update(x, dy)
-                        result = estimator.finish(1.0)
+                        result = finish({name: estimator}, {name: 1.0})[name]
                         a, b = result.factors.Vh[:rank].double(), result.factors.U[:, rank:].double()
                         residual = (g - b @ (b.T @ g) - (g @ a.T) @ a).norm()
                         excess.append(float(residual / s[2 * rank :].norm() - 1))

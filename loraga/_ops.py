@@ -7,7 +7,7 @@ each op has one `_check_*` that its wrapper calls and its fake calls too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -227,6 +227,42 @@ def orthonormalize(y: Tensor, refine: bool = True) -> Tensor:
     """
     _check_orthonormalize(y)
     return torch.ops.loraga.orthonormalize(y, refine)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# subspace: the leading column spaces of a batch of matrices, and their coordinates in it
+# ------------------------------------------------------------------------------------------------------------------
+_lib.define("subspace(Tensor g, int k, int iterations, int[] seeds) -> (Tensor q, Tensor z)")
+
+
+def _check_subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> None:
+    if g.dtype not in _FLOATS or g.dim() != 3:
+        raise _fail("subspace", f"g must be float32, bfloat16 or float16 (b, m, n), got {g.dtype} {tuple(g.shape)}")
+    if not 1 <= k <= min(g.shape[1:]):
+        raise _fail("subspace", f"k={k} must be between 1 and min(m, n) = {min(g.shape[1:])}")
+    if iterations < 0 or len(seeds) != g.shape[0]:
+        raise _fail("subspace", f"needs iterations >= 0 and {g.shape[0]} seeds, got {iterations} and {len(seeds)}")
+
+
+@torch.library.register_fake("loraga::subspace", lib=_lib)
+def _(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    _check_subspace(g, k, iterations, seeds)
+    b, m, n = g.shape
+    return g.new_empty(b, m, k, dtype=torch.float32), g.new_empty(b, k, n, dtype=torch.float32)
+
+
+def subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Q (b, m, k) orthonormal and Z = Qᵀ G (b, k, n), both float32, with Q Z ≈ G for each matrix of `g` (b, m, n).
+
+    Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4): Q starts as orth(G Ω), Ω (n, k) from
+    `test_matrix_` under the matrix's own seed, and each of `iterations` makes it orth(G orth(Gᵀ Q)). `g` is float32,
+    bfloat16 or float16 of any strides, with largest entries from 1e-35 to 1e35 (zero, too) and a spectral norm below
+    1e38, and no copy of the whole of it is made. The thin operand goes into each product rounded to the dtype of `g`,
+    into the last one (Z) as the sum of two such; sums are float32. A matrix with NaN or Inf gives numbers without
+    meaning and no error, and leaves the others of the batch alone.
+    """
+    _check_subspace(g, k, iterations, seeds)
+    return torch.ops.loraga.subspace(g, k, iterations, seeds)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from tqdm.auto import tqdm
 
 from loraga.config import InitConfig
-from loraga.estimators import Dense, Estimate, Estimator, LayerSpec, Streaming
+from loraga.estimators import Dense, Estimate, Estimator, LayerSpec, Streaming, finish
 from loraga.linalg import seed_of
 from loraga.quiet import quiet
 from loraga.taps import Taps
@@ -99,10 +99,12 @@ def estimate(
     updates = collector.updates
     skipped = {name: int(count) for name, count in collector.skipped.items()}
     observed = time.perf_counter()
-    estimates = {}
-    for name in tqdm(list(estimators), desc="loraga: factors", unit="layer", disable=not show_progress_bar):
-        kept = batches * (1 - skipped[name] / updates[name])  # each micro-batch weighs the same, left out ones nothing
-        estimates[name] = estimators[name].finish(max(kept, 1.0) * (collector.loss_scale or 1.0))
+    # each micro-batch weighs the same, left out ones nothing
+    kept = {name: batches * (1 - skipped[name] / updates[name]) for name in estimators}
+    divisors = {name: max(count, 1.0) * (collector.loss_scale or 1.0) for name, count in kept.items()}
+    bar = tqdm(total=len(estimators), desc="loraga: factors", unit="layer", disable=not show_progress_bar)
+    with bar:
+        estimates = finish(estimators, divisors, bar.update)
     return Estimation(
         estimates,
         dict(updates),

@@ -12,6 +12,8 @@ import torch
 class Factors:
     """Leading singular triplets of a gradient G (m, n) = (out_features, in_features).
 
+    Inside loraga factors of several layers of one shape may share leading dimensions; users get one layer's.
+
     Attributes:
         U (`torch.Tensor`): (m, q) float32, orthonormal columns. The largest entry (in absolute value) of
             each column is positive.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from zoo import captured, objective_excess
 
-from loraga.estimators import Dense, LayerSpec, Streaming, sketch_width
+from loraga.estimators import Dense, LayerSpec, Streaming, finish, finishing, sketch_width
 
 RANK = 4  # triplets: 2r
 R = RANK // 2
@@ -35,10 +35,14 @@ def exact(pairs) -> torch.Tensor:
     return sum(dy.double().T @ x.double() for x, dy in pairs) / len(pairs)
 
 
+def end(estimator, divisor):
+    return finish({"layer": estimator}, {"layer": divisor})["layer"]
+
+
 def run(estimator, pairs):
     for x, dy in pairs:
         estimator.update(x, dy)
-    return estimator.finish(len(pairs))
+    return end(estimator, len(pairs))
 
 
 def test_sketch_width_and_where_it_pays():
@@ -159,7 +163,7 @@ def test_a_poisoned_micro_batch_is_left_out_and_counted(bad, position, where):
     for make in (lambda: Streaming(spec(), 5), lambda: Dense(spec())):
         estimator = make()
         flags = [bool(estimator.update(*pair)) for pair in pairs]
-        estimate = estimator.finish(4)
+        estimate = end(estimator, 4)
         assert flags == [i != position for i in range(5)]
         assert objective_excess(exact(good), estimate.factors, R) < 0.01
         assert torch.isfinite(torch.tensor(estimate.energy))
@@ -170,6 +174,80 @@ def test_a_scale_given_per_update_enters_the_sum():
     estimator = Streaming(spec(), 3)
     for i, (x, dy) in enumerate(pairs):
         estimator.update(x, dy * 2.0**i, scale=2.0**-i)
-    f = estimator.finish(3).factors
+    f = end(estimator, 3).factors
     plain = run(Streaming(spec(), 3), pairs).factors
     assert torch.allclose(f.S, plain.S, rtol=1e-4) and objective_excess(exact(pairs), f, R) < 0.01
+
+
+def zoo_of_estimators() -> tuple[dict, dict]:
+    """Several kinds, interleaved, with their streams; one of them zero."""
+    makers = {
+        "s0": lambda: Streaming(spec(seed=1)),
+        "d0": lambda: Dense(spec(seed=2)),
+        "b0": lambda: Dense(spec(seed=3), torch.bfloat16),
+        "s1": lambda: Streaming(spec(seed=4)),
+        "t0": lambda: Streaming(spec(N, M, seed=5)),
+        "d1": lambda: Dense(spec(seed=6)),
+        "zero": lambda: Streaming(spec(seed=7)),
+        "d2": lambda: Dense(spec(seed=8)),
+    }
+    pairs = {
+        name: stream(2, m=N, n=M, seed=i) if name == "t0" else stream(2, seed=i, scale=float(name != "zero"))
+        for i, name in enumerate(makers)
+    }
+    return {name: make() for name, make in makers.items()}, pairs
+
+
+def fed() -> tuple[dict, dict]:
+    estimators, pairs = zoo_of_estimators()
+    for name, estimator in estimators.items():
+        for x, dy in pairs[name]:
+            estimator.update(x, dy)
+    return estimators, pairs
+
+
+@pytest.mark.parametrize("chunk", [1, 400_000, 2**28])
+def test_finished_together_as_alone(chunk, monkeypatch):
+    """In the order they came, for any size of chunk, each as if it were the only layer up to rounding."""
+    monkeypatch.setattr(finishing, "_CHUNK_BYTES", chunk)
+    estimators, pairs = fed()
+    steps: list[int] = []
+    divisors = {name: 2.0 + i for i, name in enumerate(estimators)}
+    results = finish(estimators, divisors, steps.append)
+    assert list(results) == list(estimators) and sum(steps) == len(estimators)
+    assert max(steps) == {1: 1, 400_000: 2, 2**28: 3}[chunk]
+    alone, _ = fed()
+    for name, result in results.items():
+        single = end(alone[name], divisors[name])
+        f, g = result.factors, single.factors
+        assert ((f.U * f.S) @ f.Vh - (g.U * g.S) @ g.Vh).norm() <= 1e-5 * g.S.norm()
+        assert result.energy == pytest.approx(single.energy, rel=1e-5)
+        truth = exact(pairs[name]) * 2 / divisors[name]
+        assert captured(truth, f) > 0.98 or name == "zero"
+
+
+def test_nan_in_one_layer_does_not_reach_another():
+    whole, _ = fed()
+    expected = finish(whole, dict.fromkeys(whole, 1.0))
+    estimators, _ = fed()
+    estimators["d1"]._g[3, 4] = float("nan")
+    estimators["s1"]._z[3, 4] = float("inf")
+    for name, result in finish(estimators, dict.fromkeys(estimators, 1.0)).items():
+        if name in ("d1", "s1"):
+            assert not result.factors.S.isfinite().all()
+        else:
+            assert torch.equal(result.factors.Vh, expected[name].factors.Vh) and result.energy == expected[name].energy
+
+
+def test_state_is_freed_and_factors_hold_nothing_else():
+    estimators, _ = fed()
+    results = finish(estimators, dict.fromkeys(estimators, 1.0))
+    for estimator in estimators.values():
+        assert not any(isinstance(value, torch.Tensor) for value in vars(estimator).values())
+    for result in results.values():
+        for t in (result.factors.U, result.factors.S, result.factors.Vh):
+            assert t.untyped_storage().nbytes() == t.numel() * t.element_size()
+
+
+def test_no_estimators_no_estimates():
+    assert finish({}, {}) == {}

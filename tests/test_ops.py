@@ -48,6 +48,8 @@ def tall(kind: str, m: int, k: int) -> torch.Tensor:
         ("right_product", lambda: (torch.randn(9, 4), torch.randn(9, 6), torch.randn(6, 2))),
         ("accumulate_", lambda: (torch.zeros(6, 4), torch.randn(9, 4), torch.randn(9, 6), 0.5)),
         ("orthonormalize", lambda: (torch.randn(2, 9, 4), True)),
+        ("subspace", lambda: (torch.randn(2, 9, 7), 4, 1, [1, 2])),
+        ("subspace", lambda: (torch.randn(2, 7, 9).bfloat16().mT, 4, 1, [1, 2])),
         ("small_svd", lambda: (torch.randn(2, 4, 4),)),
     ],
 )
@@ -68,6 +70,9 @@ def test_registration(op, args):
         (lambda: _ops.accumulate_(torch.zeros(4, 5), torch.randn(3, 4), torch.randn(3, 5)), r"\(5, 4\)"),
         (lambda: _ops.orthonormalize(torch.randn(3, 4)), "m >= k"),
         (lambda: _ops.orthonormalize(torch.randn(4, 3).double()), "float32"),
+        (lambda: _ops.subspace(torch.randn(3, 4), 2, 1, [0]), r"\(b, m, n\)"),
+        (lambda: _ops.subspace(torch.randn(1, 5, 4), 5, 1, [0]), "min"),
+        (lambda: _ops.subspace(torch.randn(2, 5, 4), 2, 1, [0]), "2 seeds"),
         (lambda: _ops.small_svd(torch.randn(3, 4)), "k, k"),
     ],
 )
@@ -177,6 +182,50 @@ def test_orthonormalize_property(m, share, decay, scale, batch, seed):
     assert q.shape == y.shape
     if batch:
         assert (q.mT @ q - torch.eye(k)).norm(2, dim=(-2, -1)).max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["rows", "columns", "slice"])
+@pytest.mark.parametrize(("b", "m", "n", "k"), [(0, 8, 8, 3), (1, 64, 64, 64), (3, 50, 37, 12), (3, 37, 50, 37)])
+def test_subspace(b, m, n, k, layout, dtype):
+    """Q orthonormal, Z its coordinates; a space that holds all of a matrix of rank k, from any strides."""
+    exact = torch.randn(b, m, k, dtype=torch.float64) @ torch.randn(b, k, n, dtype=torch.float64)
+    g = {
+        "rows": lambda: exact.to(dtype),
+        "columns": lambda: exact.mT.contiguous().to(dtype).mT,
+        "slice": lambda: torch.full((b, m, 2 * n), torch.nan, dtype=dtype).index_copy_(
+            2, torch.arange(0, 2 * n, 2), exact.to(dtype)
+        )[:, :, ::2],
+    }[layout]()
+    before = g.clone()
+    q, z = _ops.subspace(g, k, 2, list(range(b)))
+    assert q.shape == (b, m, k) and z.shape == (b, k, n) and torch.equal(g, before)
+    if b:
+        g, q, z = g.double(), q.double(), z.double()
+        size = g.norm(dim=(-2, -1), keepdim=True)
+        assert (q.mT @ q - torch.eye(k)).abs().max() < 1e-6
+        assert ((z - q.mT @ g) / size).abs().max() < (1e-6 if dtype == torch.float32 else 1e-5)
+        left = (g - q @ z).norm(dim=(-2, -1))
+        assert (left < 1.1 * torch.linalg.svdvals(g)[:, k:].norm(dim=-1) + 1e-5 * size.flatten()).all()
+
+
+def test_subspace_copies_no_batch():
+    """One matrix is widened at a time, and only of half precision; float32 is used as it lies."""
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not func.is_view:
+                made.append(out.numel())
+            return out
+
+    for dtype, most in ((torch.float32, 60 * 50), (torch.bfloat16, 60 * 50 + 1)):
+        made.clear()
+        g = torch.randn(4, 60, 50).to(dtype)
+        with Watch():
+            default.subspace(g, 3, 1, [0, 1, 2, 3])
+        assert 0 < max(made) < most
 
 
 @pytest.mark.parametrize("k", [1, 2, 17, 40])

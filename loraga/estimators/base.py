@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,14 +38,27 @@ class Estimate:
 
 
 class Estimator(Protocol):
-    """Sums the gradients of one layer. `update` never waits for the device; `finish` may."""
+    """Sums the gradients of one layer, without waiting for the device."""
 
     @property
     def state_bytes(self) -> int:
         """Bytes held between updates."""
 
+    @property
+    def kind(self) -> Hashable:
+        """Equal for estimators that can be finished together."""
+
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         """Add scale · dyᵀ x for x (T, n), dy (T, m); returns a 0-dim bool tensor, False where NaN or Inf was met."""
 
-    def finish(self, divisor: float) -> Estimate:
-        """The result for the sum divided by `divisor`; the state is freed."""
+    @staticmethod
+    def finish(group: Sequence[Any]) -> tuple[Factors, Tensor]:
+        """Factors and energies (b,) float64 of the sums of `group`, b estimators of one kind, whose state is freed.
+
+        The factors have a leading dimension b.
+        """
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """`tensors` of one shape along a new first dimension; a single one is not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))

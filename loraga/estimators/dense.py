@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor
 
 from loraga import _ops
-from loraga.estimators.base import Estimate, LayerSpec
+from loraga.estimators.base import LayerSpec, stacked
 from loraga.factors import Factors
 from loraga.linalg import truncated_svd
+
+# Numbers of a buffer that are widened at a time.
+_BLOCK_NUMBERS = 2**22
 
 
 class Dense:
@@ -28,6 +33,10 @@ class Dense:
         )
 
     @property
+    def kind(self) -> Hashable:
+        return Dense, self._g.dtype, self._spec.m, self._spec.n, self._spec.rank, self._spec.device
+
+    @property
     def state_bytes(self) -> int:
         return self._g.numel() * self._g.element_size()
 
@@ -39,14 +48,25 @@ class Dense:
             return finite
         return _ops.accumulate_(self._g, x, dy, scale)
 
-    def finish(self, divisor: float) -> Estimate:
-        g = self._g.to(self._spec.device)
-        factors = truncated_svd(g, self._spec.rank, seed=self._spec.seed)
-        scale = factors.S[0].clamp_min(1e-30)
-        energy = max(float((g / scale).double().square().sum()), float((factors.S / scale).double().square().sum()))
-        result = Estimate(
-            factors=Factors(factors.U, factors.S / divisor, factors.Vh),
-            energy=energy * (float(scale) / divisor) ** 2,
-        )
-        del self._g
-        return result
+    @staticmethod
+    def finish(group: Sequence[Dense]) -> tuple[Factors, Tensor]:
+        spec = group[0]._spec
+        g = stacked([estimator._g.to(spec.device, non_blocking=True) for estimator in group])
+        for estimator in group:
+            del estimator._g
+        factors = truncated_svd(g, spec.rank, seed=[estimator._spec.seed for estimator in group])
+        # never below the factors' own energy, by the same sums
+        return factors, torch.maximum(_energy(g, factors.S[:, 0]), factors.S.double().square().sum(-1))
+
+
+def _energy(g: Tensor, largest: Tensor) -> Tensor:
+    """Squared Frobenius norm (b,) float64 of each matrix of `g` (b, m, n), `largest` (b,) about its spectral norm.
+
+    Taken in blocks of rows, so that widening them needs little memory.
+    """
+    b, _, n = g.shape
+    scale = largest.clamp_min(1e-30)
+    total = torch.zeros(b, dtype=torch.float64, device=g.device)
+    for block in g.split(max(1, _BLOCK_NUMBERS // (b * n)), dim=1):
+        total += (block / scale[:, None, None]).square().sum((-2, -1), dtype=torch.float64)
+    return total * scale.double().square()

@@ -14,11 +14,14 @@ that of Halko, Martinsson, Tropp (2011), algorithm 4.4, with G applied as a prod
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor
 
 from loraga import _ops
-from loraga.estimators.base import Estimate, LayerSpec
+from loraga.estimators.base import LayerSpec, stacked
+from loraga.factors import Factors
 from loraga.linalg import test_matrix
 from loraga.linalg.svd import factorize
 
@@ -70,6 +73,10 @@ class Streaming:
         return spec.m * spec.n > 2 * sketch_width(spec.rank) * (spec.m + spec.n)
 
     @property
+    def kind(self) -> Hashable:
+        return Streaming, self._spec.m, self._spec.n, self._spec.rank, self._spec.device
+
+    @property
     def state_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self._q, self._z, self._probes, self._probed))
 
@@ -97,16 +104,17 @@ class Streaming:
         """Qᵀ (G_t + Q_old Z_old), the projection of the sum on the range of `q`."""
         return _ops.right_product(x, dy, q, scale, onto=None if self._empty else (q.mT @ self._q, self._z))
 
-    def finish(self, divisor: float) -> Estimate:
-        factors, spectrum = factorize(self._q, self._z, self._spec.rank)
+    @staticmethod
+    def finish(group: Sequence[Streaming]) -> tuple[Factors, Tensor]:
+        state = [(estimator._q, estimator._z, estimator._probes, estimator._probed) for estimator in group]
+        q, z, probes, probed = (stacked(tensors) for tensors in zip(*state, strict=True))
+        del state
+        for estimator in group:
+            del estimator._q, estimator._z, estimator._probes, estimator._probed
+        factors, spectrum = factorize(q, z, group[0]._spec.rank)
         # energy = |QZ|² exactly + E|(I − QQᵀ) G ω|² / E|ω_i|², estimated from the probes (Hutchinson, 1989);
         # entries of ω are uniform in [-1, 1): variance 1/3
-        scale = spectrum[0].clamp_min(1e-30)
-        outside = (self._probed - self._q @ (self._z @ self._probes)) / scale
-        energy = (spectrum / scale).double().square().sum() + 3 * outside.double().square().sum() / _PROBES
-        result = Estimate(
-            factors=type(factors)(factors.U, factors.S / divisor, factors.Vh),
-            energy=float(energy * (scale.double() / divisor).square()),
-        )
-        del self._q, self._z, self._probed, self._probes
-        return result
+        scale = spectrum[:, :1, None].clamp_min(1e-30)
+        outside = ((probed - q @ (z @ probes)) / scale).double().square().sum((-2, -1))
+        inside = (spectrum[:, None] / scale).double().square().sum((-2, -1))
+        return factors, (inside + 3 * outside / _PROBES) * scale[:, 0, 0].double().square()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,56 +27,71 @@ test_matrix.__test__ = False  # type: ignore[attr-defined]  # pytest would take 
 
 
 def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Flip pairs of vectors so that the largest entry (by size) of each column of `u` is positive."""
-    peak = u.gather(0, u.abs().argmax(dim=0, keepdim=True))
+    """Flip pairs of vectors so that the largest entry (by size) of each column of `u` is positive.
+
+    u (..., m, k), vh (..., k, n).
+    """
+    peak = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True))
     sign = torch.where(peak < 0, -1.0, 1.0)
     return u * sign, vh * sign.mT
 
 
 def factorize(q: Tensor, z: Tensor, rank: int) -> tuple[Factors, Tensor]:
-    """The first `rank` singular triplets of Q Z and all its k singular values (k,).
+    """The first `rank` singular triplets of each Q Z and all its k singular values (..., k).
 
-    q (m, k) float32 with any columns, z (k, n) float32, k <= min(m, n). Works through orthonormal bases of both sides
-    and one k x k core, so nothing m x n is formed.
+    q (..., m, k) float32 with any columns, z (..., k, n) float32, k <= min(m, n); the factors have the same leading
+    dimensions. Works through orthonormal bases of both sides and one k x k core, so nothing m x n is formed.
     """
     with torch.autocast(q.device.type, enabled=False):  # the caller's, which would round the products to half precision
         left = _ops.orthonormalize(q)
         right = _ops.orthonormalize(z.mT)
-        core = (left.mT @ q) @ (z @ right)
-        u, s, vh = _ops.small_svd(core)
-        u, vh = fix_signs(left @ u[:, :rank], vh[:rank] @ right.mT)
-    return Factors(u, s[:rank], vh), s
+        return _triplets(left, (left.mT @ q) @ (z @ right), right, rank)
 
 
-def truncated_svd(g: Tensor, rank: int, *, seed: int = 0, oversampling: int = 32, iterations: int = 4) -> Factors:
-    """Leading `rank` singular triplets of `g` (m, n), bfloat16, float16 or float32.
+def _triplets(left: Tensor, core: Tensor, right: Tensor, rank: int) -> tuple[Factors, Tensor]:
+    """Those of left · core · rightᵀ, for orthonormal left (..., m, k) and right (..., n, k)."""
+    u, s, vh = _ops.small_svd(core)
+    u, vh = fix_signs(left @ u[..., :rank], vh[..., :rank, :] @ right.mT)
+    return Factors(u, s[..., :rank], vh), s
 
-    Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4) with a block of
-    max(2 rank, rank + oversampling) columns, orthonormalised after every product.
+
+def truncated_svd(
+    g: Tensor, rank: int, *, seed: int | Sequence[int] = 0, oversampling: int = 32, iterations: int = 4
+) -> Factors:
+    """Leading `rank` singular triplets of `g` (m, n), or of each matrix of `g` (b, m, n).
+
+    Randomized subspace iteration (`loraga._ops.subspace`) with a block of max(2 rank, rank + oversampling) columns.
+    The triplets of a matrix depend on what else is in the batch by no more than rounding, and not at all on another
+    matrix's values.
 
     Args:
-        g (`torch.Tensor`): (m, n). Not changed.
+        g (`torch.Tensor`): bfloat16, float16 or float32, any strides. Not changed.
         rank (`int`): triplets wanted, at most min(m, n).
-        seed (`int`): key of the test matrix; the same seed gives the same bits.
+        seed (`int` or `Sequence[int]`): key of the test matrix, for a batch one per matrix; the same seeds give the
+            same bits.
         oversampling (`int`): least number of extra columns.
         iterations (`int`): passes with both gᵀ and g after the first product; each sharpens the separation of the
             wanted singular values by the square of their ratio to the rest.
 
     Returns:
-        `Factors`: U (m, rank), S (rank,), Vh (rank, n), float32.
+        `Factors`: U (..., m, rank), S (..., rank), Vh (..., rank, n), float32.
 
     Raises:
-        ValueError: `rank` is below 1 or above min(m, n).
+        ValueError: `rank` is below 1 or above min(m, n), or the seeds do not match the batch.
     """
-    m, n = g.shape
+    m, n = g.shape[-2:]
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank={rank} must be between 1 and min(m, n) = {min(m, n)} for a matrix of shape {m, n}.")
+    if isinstance(seed, int) != (g.dim() == 2):
+        raise ValueError(
+            f"seed must be one number for a matrix and a sequence for a batch; g has {g.dim()} dimensions."
+        )
+    if isinstance(seed, int):
+        f = truncated_svd(g[None], rank, seed=[seed], oversampling=oversampling, iterations=iterations)
+        return Factors(f.U[0], f.S[0], f.Vh[0])
     k = min(max(2 * rank, rank + oversampling), m, n)
     with torch.autocast(g.device.type, enabled=False):
-        scale = g.abs().amax().float()
-        g = g.float() / torch.where(scale > 0, scale, 1.0)
-        q = _ops.orthonormalize(g @ test_matrix(n, k, seed, g.device))
-        for _ in range(iterations):
-            q = _ops.orthonormalize(g @ _ops.orthonormalize(g.mT @ q))
-        factors, _ = factorize(q, q.mT @ g, rank)
-    return Factors(factors.U, factors.S * scale, factors.Vh)
+        q, z = _ops.subspace(g, k, iterations, seed)
+        right = _ops.orthonormalize(z.mT)
+        factors, _ = _triplets(q, z @ right, right, rank)
+    return factors
