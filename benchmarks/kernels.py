@@ -1,8 +1,8 @@
 """Each kernel beside the best composition of torch and cuBLAS: time, share of the machine's ceilings, error.
 
     python benchmarks/kernels.py --output results.json               on a GPU: all rows, a few minutes
-    python benchmarks/kernels.py --sizes tiny --output results.json  anywhere: torch rows only, kernel rows say why not
-    python benchmarks/kernels.py --wins results.json                 from a result file: rewrite loraga/kernels/wins.json
+    python benchmarks/kernels.py --sizes tiny --output results.json  anywhere; kernel rows say why not
+    python benchmarks/kernels.py --wins results.json                 rewrite loraga/kernels/wins.json from a result file
 
 Ceilings are measured in the same run: a large device copy (bytes read plus bytes written) and a large bfloat16 matrix
 product. Bytes count each operand read once and each result written once, so a share of the copy ceiling of 1 is the
@@ -67,6 +67,7 @@ def cases(sizes: list[tuple[int, int, int, int]], device: torch.device) -> Itera
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
+    sample = slice(0, 64)  # rows of the result that are held against float64
     for tokens, m, n, rank in sizes:
         k = max(4 * rank, rank + 64)
         for dtype in (torch.bfloat16, torch.float32):
@@ -75,7 +76,6 @@ def cases(sizes: list[tuple[int, int, int, int]], device: torch.device) -> Itera
             x, dy = normal(tokens, n, dtype=dtype), normal(tokens, m, dtype=dtype)
             v, q, z = normal(n, k + 8), normal(m, k), normal(k, n)
             zv, c = normal(k, k), normal(k, k)
-            sample = slice(0, 64)  # rows of the result that are held against float64
             left = dy[:, sample].double().mT @ (x.double() @ v.to(dtype).double())
             left[:, :k] += q[sample].double() @ zv.double()
             yield Case(
@@ -196,7 +196,7 @@ def seconds(run: Callable[[], Any], device: torch.device, budget: float = 0.3) -
     """Median of one call; operands of 7B layers do not fit into the L2 cache, so each call reads them anew."""
     run()
     started, times = time.perf_counter(), []
-    while len(times) < 5 or time.perf_counter() - started < budget and len(times) < 200:
+    while len(times) < 5 or (time.perf_counter() - started < budget and len(times) < 200):
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -316,8 +316,8 @@ def main() -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limits = ceilings(device)
-    arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1] if device.type == "cuda" else 0
-    result: dict[str, Any] = {**_machine.describe(), "arch": arch, "ceilings": limits, "rows": []}
+    major, minor = torch.cuda.get_device_capability() if device.type == "cuda" else (0, 0)
+    result: dict[str, Any] = {**_machine.describe(), "arch": 10 * major + minor, "ceilings": limits, "rows": []}
     for case in cases(SIZES[args.sizes], device):
         if not args.ops or case.op in args.ops:
             result["rows"].append(measure(case, device, limits))

@@ -125,8 +125,8 @@ def right_product(
 ) -> Tensor:
     """scale · Qᵀ G + C Z, float32 (k, n), for G = dYᵀ X of x (T, n), dy (T, m) of one dtype and q (m, k) float32.
 
-    `onto` is (C (k, i), Z (i, n)) float32. Operands go into the products with x and dy in the dtype of x (q and dY Q are
-    rounded to it); sums are float32.
+    `onto` is (C (k, i), Z (i, n)) float32. Operands go into the products with x and dy in the dtype of x (q and dY Q
+    are rounded to it); sums are float32.
     """
     c, z = onto or (None, None)
     _check_right(x, dy, q, c, z)
@@ -136,9 +136,7 @@ def right_product(
 # ------------------------------------------------------------------------------------------------------------------
 # commit_: the new state of a streaming update replaces the old one, unless it is poisoned
 # ------------------------------------------------------------------------------------------------------------------
-_lib.define(
-    "commit_(Tensor(a!) q, Tensor(b!) z, Tensor(c!) probed, Tensor new_q, Tensor new_z, Tensor left) -> Tensor"
-)
+_lib.define("commit_(Tensor(a!) q, Tensor(b!) z, Tensor(c!) probed, Tensor new_q, Tensor new_z, Tensor left) -> Tensor")
 
 
 def _check_commit(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> None:

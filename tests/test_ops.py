@@ -44,8 +44,17 @@ def tall(kind: str, m: int, k: int) -> torch.Tensor:
     ("op", "args"),
     [
         ("test_matrix_", lambda: (torch.empty(5, 3), 7)),
-        ("left_product", lambda: (torch.randn(9, 4), torch.randn(9, 6), torch.randn(4, 2))),
-        ("right_product", lambda: (torch.randn(9, 4), torch.randn(9, 6), torch.randn(6, 2))),
+        ("left_product", lambda: (*pair(9, 4, 6, torch.float32), torch.randn(4, 2), 1.0, None, None)),
+        (
+            "left_product",
+            lambda: (*pair(9, 4, 6, torch.bfloat16), torch.randn(4, 3), 0.5, torch.randn(6, 2), torch.randn(2, 2)),
+        ),
+        ("right_product", lambda: (*pair(9, 4, 6, torch.float32), torch.randn(6, 2), 1.0, None, None)),
+        (
+            "right_product",
+            lambda: (*pair(9, 4, 6, torch.float16), torch.randn(6, 2), 0.5, torch.randn(2, 3), torch.randn(3, 4)),
+        ),
+        ("commit_", lambda: tuple(torch.randn(*s) for s in ((6, 2), (2, 4), (6, 1), (6, 2), (2, 4), (6, 3)))),
         ("accumulate_", lambda: (torch.zeros(6, 4), torch.randn(9, 4), torch.randn(9, 6), 0.5)),
         ("orthonormalize", lambda: (torch.randn(2, 9, 4), True)),
         ("subspace", lambda: (torch.randn(2, 9, 7), 4, 1, [1, 2])),
@@ -67,6 +76,25 @@ def test_registration(op, args):
         (lambda: _ops.left_product(torch.randn(3, 4), torch.randn(3, 5).half(), torch.randn(4, 1)), "share one"),
         (lambda: _ops.left_product(torch.randn(3, 4), torch.randn(3, 5), torch.randn(5, 1)), r"\(4, k\)"),
         (lambda: _ops.right_product(torch.randn(3, 4), torch.randn(3, 5), torch.randn(4, 1)), r"\(5, k\)"),
+        (
+            lambda: _ops.left_product(
+                *pair(3, 4, 5, torch.float32), torch.randn(4, 1), onto=(torch.randn(5, 2), torch.randn(2, 2))
+            ),
+            r"\(5, 2\), does not fit",
+        ),
+        (
+            lambda: _ops.right_product(
+                *pair(3, 4, 5, torch.float32), torch.randn(5, 1), onto=(torch.randn(1, 2), torch.randn(3, 4))
+            ),
+            "multiply",
+        ),
+        (
+            lambda: _ops.left_product(*pair(3, 4, 5, torch.float32), torch.randn(4, 1), onto=(torch.randn(5, 1), None)),
+            "together",
+        ),
+        (lambda: _ops.commit_(*(torch.zeros(3, 2) for _ in range(6))), "do not fit"),
+        (lambda: _ops.commit_(*(torch.zeros(3, 2).half() for _ in range(6))), "float32"),
+        (lambda: _ops.commit_(*(torch.zeros(2, 3).t() for _ in range(6))), "contiguous"),
         (lambda: _ops.accumulate_(torch.zeros(4, 5), torch.randn(3, 4), torch.randn(3, 5)), r"\(5, 4\)"),
         (lambda: _ops.orthonormalize(torch.randn(3, 4)), "m >= k"),
         (lambda: _ops.orthonormalize(torch.randn(4, 3).double()), "float32"),
@@ -118,6 +146,36 @@ def test_products_against_float64(tokens, n, m, dtype):
         assert ours.dtype == torch.float32
         bound = (eager.double() - truth).norm() + 1e-6 * truth.norm()
         assert (ours.double() - truth).norm() <= 1.5 * bound
+
+
+@pytest.mark.parametrize(("tokens", "n", "m"), SHAPES)
+def test_products_onto_a_sum(tokens, n, m):
+    """scale · G V + Q (Z V), where columns beyond those of Z V see G only, and scale · QᵀG + C Z."""
+    x, dy = pair(tokens, n, m, torch.float32)
+    v, q, zv, c, z = (torch.randn(*shape) for shape in ((n, 5), (m, 4), (4, 3), (4, 4), (4, n)))
+    exact = dy.double().T @ x.double()
+    left = 0.5 * exact @ v.double()
+    left[:, :3] += q.double() @ zv.double()
+    right = 0.5 * q.double().T @ exact + c.double() @ z.double()
+    assert (_ops.left_product(x, dy, v, 0.5, onto=(q, zv)).double() - left).norm() <= 1e-6 * left.norm()
+    assert (_ops.right_product(x, dy, q, 0.5, onto=(c, z)).double() - right).norm() <= 1e-6 * right.norm()
+
+
+@pytest.mark.parametrize("poison", [None, 1, 2])
+def test_commit_is_all_or_nothing(poison):
+    """The poisoned entry sits in new_z (1) or in a probe's column of left (2)."""
+    (m, n, k, p) = (7, 9, 3, 2)
+    old = [torch.randn(m, k), torch.randn(k, n), torch.randn(m, p)]
+    new = [torch.randn(m, k), torch.randn(k, n), torch.randn(m, k + p).t().contiguous().t()]
+    if poison is not None:
+        new[poison][-1, -1] = torch.inf
+    state = [t.clone() for t in old]
+    finite = _ops.commit_(*state, *new)
+    kept = poison is not None
+    assert bool(finite) != kept
+    expected = old if kept else [new[0], new[1], old[2] + new[2][:, k:]]
+    for got, wanted in zip(state, expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])

@@ -23,15 +23,19 @@ from loraga import _ops
 from loraga.estimators.base import LayerSpec, stacked
 from loraga.factors import Factors
 from loraga.linalg import test_matrix
-from loraga.linalg.svd import factorize
+from loraga.linalg.svd import factorize, in_sixteens
 
-# Random vectors that G is applied to beside V, to estimate the energy that the sketch does not hold.
-_PROBES = 8
+# Random vectors that G is applied to beside V, to estimate the energy that the sketch does not hold; as many as matrix
+# units take at once.
+_PROBES = 16
 
 
 def sketch_width(rank: int) -> int:
-    """Columns k of the sketch for `rank` triplets: max(4 rank, rank + 64), that is max(8r, 2r + 64) for LoRA-GA."""
-    return max(4 * rank, rank + 64)
+    """Columns k of the sketch for `rank` triplets: max(4 rank, rank + 64), that is max(8r, 2r + 64) for LoRA-GA.
+
+    Rounded up to a multiple of 16.
+    """
+    return in_sixteens(max(4 * rank, rank + 64))
 
 
 def power_steps(micro_batches: int | None) -> int:

@@ -1,4 +1,4 @@
-"""`python -m loraga.kernels`: compile every kernel ahead of time and print what it takes; `tune` searches block sizes."""
+"""`python -m loraga.kernels`: compile every kernel ahead of time, print what it takes; `tune`: search block sizes."""
 
 from __future__ import annotations
 

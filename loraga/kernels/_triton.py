@@ -1,7 +1,7 @@
 """What every kernel file shares: how kernels run here, what is compiled ahead of time, and split sums.
 
-With `TRITON_INTERPRET=1` set before Triton is imported, kernels run on the CPU, one program after another. Arithmetic on
-bfloat16 values is silently wrong there, so kernels take a constant WIDEN that turns loaded values into float32 first.
+With `TRITON_INTERPRET=1` set before Triton is imported, kernels run on the CPU, one program after another. Arithmetic
+on bfloat16 values is silently wrong there, so kernels take a constant WIDEN that turns loaded values into float32 first.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def splits_for(programs: int, steps: int, device: torch.device) -> int:
 
 @triton.jit
 def rounded(value, pointer, WIDEN: tl.constexpr):
-    """`value` float32 in the element type of `pointer`, to nearest; the interpreter cuts bits off on its way to bfloat16."""
+    """`value` float32 in the element type of `pointer`, to nearest; to bfloat16 the interpreter only cuts bits off."""
     if WIDEN:
         if pointer.dtype.element_ty == tl.bfloat16:
             bits = value.to(tl.int32, bitcast=True)

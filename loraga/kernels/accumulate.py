@@ -3,8 +3,8 @@
 cuBLAS can add onto a buffer too; what it cannot do is leave the buffer alone when an operand is poisoned without a copy
 of it or a wait for the host. Two launches: `_finite_kernel` reads x and dy once and leaves a flag per program;
 `_accumulate_kernel` reads the flags, forms a block of the product with float32 sums, adds the block of G and rounds to
-nearest once. Nothing m x n exists besides G. Where m x n is too small to fill the device the sum over tokens is cut into
-parts (float32, added in fixed order by a third launch; no atomics), which are small for the same reason.
+nearest once. Nothing m x n exists besides G. Where m x n is too small to fill the device the sum over tokens is cut
+into parts (float32, added in fixed order by a third launch; no atomics), which are small for the same reason.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ _ADD_BLOCK = 1024
 
 
 def accumulate(g: Tensor, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
-    """G += scale · dYᵀ X in place for finite x (T, n), dy (T, m) of one dtype, any strides; returns a 0-dim bool: added?
+    """G += scale · dYᵀ X in place for finite x (T, n), dy (T, m) of one dtype, any strides; a 0-dim bool: was it added?
 
     g (m, n) is float32 or bfloat16, any strides.
     """

@@ -82,7 +82,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        said = subprocess.run([_cuobjdump(), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True)
+        said = subprocess.run(
+            [_cuobjdump(), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
+        )
     found: dict[str, Any] = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said.stdout)}
     if found.keys() != {"REG", "STACK", "LOCAL"}:
         raise RuntimeError(f"cuobjdump did not name the resources of the kernel: {said.stdout}")

@@ -115,8 +115,8 @@ def builds(arch: int) -> Iterator[Build]:
         {"left_ptr": "*fp32", "z_ptr": "*fp32", "flags_ptr": "*i32", "left_size": "i32", "z_size": "i32"},
         {"BLOCK": _BLOCK},
     )
-    arrays = "q_ptr z_ptr probed_ptr new_q_ptr new_z_ptr left_ptr".split()
-    sizes = "flags q_size z_size probed_size k probes".split()
+    arrays = ["q_ptr", "z_ptr", "probed_ptr", "new_q_ptr", "new_z_ptr", "left_ptr"]
+    sizes = ["flags", "q_size", "z_size", "probed_size", "k", "probes"]
     yield Build(
         "commit",
         _commit_kernel,

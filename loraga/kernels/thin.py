@@ -1,14 +1,14 @@
 """Products of a large matrix with a thin one: A B and Aᵀ P, batched, A read once.
 
-    project:  out (T, k) = A (T, n) · B (n, k)                      P = X V,  R = dY Q,  Y = G V
-    fold:     out (m, k) = scale · A (T, m)ᵀ · P (T, k) + L · M      Y = dYᵀ P + Q (Z V),  Zᵀ = Xᵀ R + Z_oldᵀ Cᵀ,  Z = Gᵀ Q
+    project:  out (T, k) = A (T, n) · B (n, k)                    P = X V,  R = dY Q,  Y = G V
+    fold:     out (m, k) = scale · A (T, m)ᵀ · P (T, k) + L · M    Y = dYᵀ P + Q (Z V),  Zᵀ = Xᵀ R + Z_oldᵀ Cᵀ,  Gᵀ Q
 
 They are the streaming update (design §4.2) and, with A = G, the passes of randomized subspace iteration (Halko,
-Martinsson, Tropp 2011, algorithm 4.4). What cuBLAS cannot do in the same launch: B drawn from the counter-based stream as
-it is used (the first product of the range finder needs no test matrix in memory), the sum so far added and the scale
+Martinsson, Tropp 2011, algorithm 4.4). What cuBLAS cannot do in the same launch: B drawn from the counter-based stream
+as it is used (the first product of the range finder needs no test matrix in memory), the sum so far added and the scale
 applied while the result is in registers, half operands with float32 results, and a long sum cut into parts that are
-added in a fixed order (no atomics: the same bits in every run). A program holds up to 256 columns of the thin operand,
-so A is read once for every 256 of them, at the speed of memory.
+added in a fixed order (no atomics: the same bits in every run). A program holds 128 or 256 columns of the thin operand,
+so A is read once for every so many of them, at the speed of memory.
 
 Operands are of one dtype, products are exact in float32 (float32 operands: three tf32 products), sums are float32.
 """
@@ -299,7 +299,7 @@ def builds(arch: int) -> Iterator[Build]:
 
 
 def _project_build(label: str, name: str, out: str, draw: bool, config: dict[str, int], aligned: bool) -> Build:
-    strides = tuple(f"stride_{s}" for s in "ab at an bb bn bk os ob ot".split())
+    strides = tuple(f"stride_{s}" for s in ["ab", "at", "an", "bb", "bn", "bk", "os", "ob", "ot"])
     ones = {"stride_an": 1, "stride_bk": 1} if aligned else {}
     return Build(
         label if aligned else f"{label}, ragged",
@@ -314,7 +314,9 @@ def _project_build(label: str, name: str, out: str, draw: bool, config: dict[str
 
 
 def _fold_build(label: str, name: str, onto: bool, config: dict[str, int], aligned: bool) -> Build:
-    strides = tuple(f"stride_{s}" for s in "ab at am pb pt lm li ri rk os ob om ok".split())
+    strides = tuple(
+        f"stride_{s}" for s in ["ab", "at", "am", "pb", "pt", "lm", "li", "ri", "rk", "os", "ob", "om", "ok"]
+    )
     return Build(
         label if aligned else f"{label}, ragged",
         _fold_kernel,

@@ -1,6 +1,7 @@
 """Block sizes as data: a fixed table per architecture, in tuning.json. Nothing is tuned at user time.
 
-The table maps kernel -> width of its operands in bits -> architecture -> columns of the thin operand (up to) -> block sizes, warps and stages.
+The table maps kernel, width of its operands in bits, architecture and columns of the thin operand (up to) to block
+sizes, warps and stages.
 `python -m loraga.kernels tune` searches on the GPU it finds and writes the winners with the device's name.
 """
 
@@ -45,7 +46,7 @@ def known(arch: int) -> int:
 
 
 def entries(kernel: str, dtype: torch.dtype, arch: int | None) -> Iterator[tuple[int, dict[str, int]]]:
-    """(columns, config) for every entry of the table in rising order of columns; `arch` None: those for ragged operands."""
+    """(columns, config) for each entry of the table in rising order of columns; `arch` None: for ragged operands."""
     rows = table()["kernels"][kernel][str(8 * dtype.itemsize)][RAGGED if arch is None else str(known(arch))]
     for columns in sorted(rows, key=int):
         yield int(columns), rows[columns]
@@ -55,8 +56,5 @@ def config(kernel: str, dtype: torch.dtype, arch: int | None, columns: int = 0) 
     """Block sizes, num_warps and num_stages: the entry with the fewest columns that fit, or the widest one."""
     if kernel in _trial:
         return _trial[kernel]
-    entry: dict[str, int] = {}
-    for most, entry in entries(kernel, dtype, arch):
-        if columns <= most:
-            break
-    return entry
+    choices = list(entries(kernel, dtype, arch))
+    return next((entry for most, entry in choices if columns <= most), choices[-1][1])

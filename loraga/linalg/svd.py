@@ -18,6 +18,11 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") & (2**63 - 1)
 
 
+def in_sixteens(columns: int) -> int:
+    """`columns` rounded up to a multiple of 16, as many as matrix units and wide loads take at once."""
+    return -(-columns // 16) * 16
+
+
 def test_matrix(rows: int, cols: int, seed: int, device: torch.device | str) -> Tensor:
     """(rows, cols) float32 on `device`: see `loraga._ops.test_matrix_`."""
     return _ops.test_matrix_(torch.empty(rows, cols, dtype=torch.float32, device=device), seed)
@@ -60,7 +65,8 @@ def truncated_svd(
 ) -> Factors:
     """Leading `rank` singular triplets of `g` (m, n), or of each matrix of `g` (b, m, n).
 
-    Randomized subspace iteration (`loraga._ops.subspace`) with a block of max(2 rank, rank + oversampling) columns.
+    Randomized subspace iteration (`loraga._ops.subspace`) with a block of max(2 rank, rank + oversampling) columns,
+    rounded up to a multiple of 16.
     The triplets of a matrix depend on what else is in the batch by no more than rounding, and not at all on another
     matrix's values.
 
@@ -89,7 +95,7 @@ def truncated_svd(
     if isinstance(seed, int):
         f = truncated_svd(g[None], rank, seed=[seed], oversampling=oversampling, iterations=iterations)
         return Factors(f.U[0], f.S[0], f.Vh[0])
-    k = min(max(2 * rank, rank + oversampling), m, n)
+    k = min(in_sixteens(max(2 * rank, rank + oversampling)), m, n)
     with torch.autocast(g.device.type, enabled=False):
         q, z = _ops.subspace(g, k, iterations, seed)
         right = _ops.orthonormalize(z.mT)

@@ -21,7 +21,7 @@ def operand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> t
 
 
 def assert_as_good(result: torch.Tensor, truth: torch.Tensor, eager: torch.Tensor, slack: float = 3.0) -> None:
-    """The error of `result` against the float64 `truth` is at most `slack` times that of the eager op, plus float32 dust.
+    """The error of `result` against the float64 `truth` is at most `slack` times that of the eager op, plus dust.
 
     Errors are taken relative to the largest entry of the truth: sums of many terms cancel in single entries.
     """

@@ -59,12 +59,10 @@ def test_compiling_while_interpreted_is_refused():
 def test_resources_come_from_the_machine_code():
     """A kernel made to spill is reported as spilling, so that zeros above mean something."""
     program = """
-import triton, triton.language as tl
 from loraga.kernels import aot
-from loraga.kernels._triton import Build
-from loraga.kernels.thin import _fold_kernel, _fold_build
-import dataclasses
-build = _fold_build("x", "bf16", True, dict(BLOCK_M=256, BLOCK_T=64, BLOCK_K=256, BLOCK_I=32, num_warps=4, num_stages=2), True)
+from loraga.kernels.thin import _fold_build
+blocks = dict(BLOCK_M=256, BLOCK_T=64, BLOCK_K=256, BLOCK_I=32)
+build = _fold_build("x", "bf16", True, dict(blocks, num_warps=4, num_stages=2), True)
 usage = aot.compile_build(build, 90)
 assert usage.spilled > 0 and not usage.fits, usage
 """
