@@ -55,10 +55,10 @@ test_matrix_.__test__ = False  # type: ignore[attr-defined]  # pytest would take
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# left_product, right_product: the two thin products of a gradient that is never formed
+# left_product, right_product: the two thin products of a gradient that is never formed, added to those of a sum
 # ------------------------------------------------------------------------------------------------------------------
-_lib.define("left_product(Tensor x, Tensor dy, Tensor v) -> Tensor")
-_lib.define("right_product(Tensor x, Tensor dy, Tensor q) -> Tensor")
+_lib.define("left_product(Tensor x, Tensor dy, Tensor v, float scale, Tensor? q, Tensor? zv) -> Tensor")
+_lib.define("right_product(Tensor x, Tensor dy, Tensor q, float scale, Tensor? c, Tensor? z) -> Tensor")
 
 
 def _check_pair(op: str, x: Tensor, dy: Tensor) -> None:
@@ -68,46 +68,105 @@ def _check_pair(op: str, x: Tensor, dy: Tensor) -> None:
         raise _fail(op, f"x and dy must share one of float32, bfloat16, float16, got {x.dtype} and {dy.dtype}")
 
 
-def _check_left(x: Tensor, dy: Tensor, v: Tensor) -> None:
+def _check_onto(op: str, names: str, a: Tensor | None, b: Tensor | None, rows: range, columns: range) -> None:
+    if a is None and b is None:
+        return
+    if a is None or b is None:
+        raise _fail(op, f"{names} come together or not at all")
+    if a.dtype != torch.float32 or b.dtype != torch.float32 or a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise _fail(op, f"{names} must be float32 matrices that multiply, got {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.shape[0] not in rows or b.shape[1] not in columns:
+        raise _fail(op, f"the product of {names}, {(a.shape[0], b.shape[1])}, does not fit onto the result")
+
+
+def _check_left(x: Tensor, dy: Tensor, v: Tensor, q: Tensor | None, zv: Tensor | None) -> None:
     _check_pair("left_product", x, dy)
     if v.dtype != torch.float32 or v.dim() != 2 or v.shape[0] != x.shape[1]:
         raise _fail("left_product", f"v must be float32 ({x.shape[1]}, k), got {v.dtype} {tuple(v.shape)}")
+    m, k = dy.shape[1], v.shape[1]
+    _check_onto("left_product", "q and zv", q, zv, range(m, m + 1), range(k + 1))
 
 
-def _check_right(x: Tensor, dy: Tensor, q: Tensor) -> None:
+def _check_right(x: Tensor, dy: Tensor, q: Tensor, c: Tensor | None, z: Tensor | None) -> None:
     _check_pair("right_product", x, dy)
     if q.dtype != torch.float32 or q.dim() != 2 or q.shape[0] != dy.shape[1]:
         raise _fail("right_product", f"q must be float32 ({dy.shape[1]}, k), got {q.dtype} {tuple(q.shape)}")
+    n, k = x.shape[1], q.shape[1]
+    _check_onto("right_product", "c and z", c, z, range(k, k + 1), range(n, n + 1))
 
 
 @torch.library.register_fake("loraga::left_product", lib=_lib)
-def _(x: Tensor, dy: Tensor, v: Tensor) -> Tensor:
-    _check_left(x, dy, v)
+def _(x: Tensor, dy: Tensor, v: Tensor, scale: float, q: Tensor | None, zv: Tensor | None) -> Tensor:
+    _check_left(x, dy, v, q, zv)
     return v.new_empty(v.shape[1], dy.shape[1]).t()  # (PᵀdY)ᵀ is faster than dYᵀP
 
 
 @torch.library.register_fake("loraga::right_product", lib=_lib)
-def _(x: Tensor, dy: Tensor, q: Tensor) -> Tensor:
-    _check_right(x, dy, q)
+def _(x: Tensor, dy: Tensor, q: Tensor, scale: float, c: Tensor | None, z: Tensor | None) -> Tensor:
+    _check_right(x, dy, q, c, z)
     return q.new_empty(q.shape[1], x.shape[1])
 
 
-def left_product(x: Tensor, dy: Tensor, v: Tensor) -> Tensor:
-    """G V = dYᵀ (X V), float32 (m, k), for x (T, n), dy (T, m) of one dtype and v (n, k) float32.
+def left_product(
+    x: Tensor, dy: Tensor, v: Tensor, scale: float = 1.0, *, onto: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """scale · G V + Q (Z V), float32 (m, k), for G = dYᵀ X of x (T, n), dy (T, m) of one dtype and v (n, k) float32.
 
-    Operands go into each product in the dtype of x (v and X V are rounded to it); sums are float32.
+    `onto` is (Q (m, i), Z V (i, k')) float32; k' may be less than k, and the columns beyond get nothing from it.
+    Operands go into the products with x and dy in the dtype of x (v and X V are rounded to it); sums are float32.
     """
-    _check_left(x, dy, v)
-    return torch.ops.loraga.left_product(x, dy, v)
+    q, zv = onto or (None, None)
+    _check_left(x, dy, v, q, zv)
+    return torch.ops.loraga.left_product(x, dy, v, scale, q, zv)
 
 
-def right_product(x: Tensor, dy: Tensor, q: Tensor) -> Tensor:
-    """Qᵀ G = (dY Q)ᵀ X, float32 (k, n), for x (T, n), dy (T, m) of one dtype and q (m, k) float32.
+def right_product(
+    x: Tensor, dy: Tensor, q: Tensor, scale: float = 1.0, *, onto: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """scale · Qᵀ G + C Z, float32 (k, n), for G = dYᵀ X of x (T, n), dy (T, m) of one dtype and q (m, k) float32.
 
-    Operands go into each product in the dtype of x (q and dY Q are rounded to it); sums are float32.
+    `onto` is (C (k, i), Z (i, n)) float32. Operands go into the products with x and dy in the dtype of x (q and dY Q are
+    rounded to it); sums are float32.
     """
-    _check_right(x, dy, q)
-    return torch.ops.loraga.right_product(x, dy, q)
+    c, z = onto or (None, None)
+    _check_right(x, dy, q, c, z)
+    return torch.ops.loraga.right_product(x, dy, q, scale, c, z)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# commit_: the new state of a streaming update replaces the old one, unless it is poisoned
+# ------------------------------------------------------------------------------------------------------------------
+_lib.define(
+    "commit_(Tensor(a!) q, Tensor(b!) z, Tensor(c!) probed, Tensor new_q, Tensor new_z, Tensor left) -> Tensor"
+)
+
+
+def _check_commit(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> None:
+    tensors = (q, z, probed, new_q, new_z, left)
+    if any(t.dtype != torch.float32 or t.dim() != 2 for t in tensors):
+        raise _fail("commit_", "every argument must be a float32 matrix")
+    if not all(t.is_contiguous() for t in tensors[:5]):
+        raise _fail("commit_", "q, z, probed, new_q and new_z must be contiguous")
+    (m, k), probes = q.shape, probed.shape[1]
+    expected = ((m, k), (k, z.shape[1]), (m, probes), (m, k), tuple(z.shape), (m, k + probes))
+    if tuple(tuple(t.shape) for t in tensors) != expected:
+        raise _fail("commit_", f"shapes {[tuple(t.shape) for t in tensors]} do not fit, expected {list(expected)}")
+
+
+@torch.library.register_fake("loraga::commit_", lib=_lib)
+def _(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
+    _check_commit(q, z, probed, new_q, new_z, left)
+    return q.new_empty((), dtype=torch.bool)
+
+
+def commit_(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
+    """q ← new_q, z ← new_z, probed ← probed + left[:, k:] in place, unless left or new_z holds a NaN or Inf.
+
+    q, new_q (m, k), z, new_z (k, n), probed (m, p), left (m, k + p), all float32. Returns a 0-dim bool tensor: was it
+    done. Nothing waits for the device.
+    """
+    _check_commit(q, z, probed, new_q, new_z, left)
+    return torch.ops.loraga.commit_(q, z, probed, new_q, new_z, left)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -60,15 +60,39 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @implement("left_product", _KEY)
-def left_product(x: Tensor, dy: Tensor, v: Tensor) -> Tensor:
+def left_product(x: Tensor, dy: Tensor, v: Tensor, scale: float, q: Tensor | None, zv: Tensor | None) -> Tensor:
     p = product(x, v.to(x.dtype)).to(x.dtype)
-    return product(p.t(), dy).t()
+    out = _scaled(product(p.t(), dy), scale)
+    if q is not None and zv is not None:
+        out[: zv.shape[1]].addmm_(zv.t(), q.t())
+    return out.t()
 
 
 @implement("right_product", _KEY)
-def right_product(x: Tensor, dy: Tensor, q: Tensor) -> Tensor:
+def right_product(x: Tensor, dy: Tensor, q: Tensor, scale: float, c: Tensor | None, z: Tensor | None) -> Tensor:
     r = product(dy, q.to(dy.dtype)).to(dy.dtype)
-    return product(r.t(), x)
+    out = _scaled(product(r.t(), x), scale)
+    return out if c is None or z is None else out.addmm_(c, z)
+
+
+def _scaled(product: Tensor, scale: float) -> Tensor:
+    return product if scale == 1.0 else product.mul_(scale)
+
+
+@implement("commit_", _KEY)
+def commit_(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
+    finite = _all_finite(left) & _all_finite(new_z)
+    # in place, so that the memory of the state is taken once
+    torch.where(finite, new_q, q, out=q)
+    torch.where(finite, new_z, z, out=z)
+    probed += torch.where(finite, left[:, q.shape[1] :], 0.0)
+    return finite
+
+
+def _all_finite(values: Tensor) -> Tensor:
+    """0-dim bool; one pass over `values`, no temporary of their size."""
+    low, high = torch.aminmax(values)
+    return torch.isfinite(low) & torch.isfinite(high)
 
 
 @implement("accumulate_", _KEY)

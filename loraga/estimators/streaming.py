@@ -48,16 +48,6 @@ def _basis(y: Tensor) -> Tensor:
     return _ops.orthonormalize(y, refine=False)
 
 
-def _product(product: Tensor, scale: float) -> Tensor:
-    return product if scale == 1.0 else product.mul_(scale)
-
-
-def _all_finite(values: Tensor) -> Tensor:
-    """0-dim bool; one pass over `values`, no temporary of their size."""
-    low, high = torch.aminmax(values)
-    return torch.isfinite(low) & torch.isfinite(high)
-
-
 class Streaming:
     """Factors of a sum of gradients from k (m + n) numbers of state, k = `sketch_width(rank)`.
 
@@ -91,36 +81,28 @@ class Streaming:
         return sum(t.numel() * t.element_size() for t in (self._q, self._z, self._probes, self._probed))
 
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
-        # NaN or Inf in x or dy makes `left` not finite and all that follows worthless: it is dropped at the end
-        q, z = self._q, self._z
+        # NaN or Inf in x or dy makes `left` not finite and all that follows worthless: `commit_` drops it at the end
         if self._empty:  # nothing summed yet: start from the left, which costs half of a pass
-            start = test_matrix(self._spec.m, self._k, self._spec.seed, q.device)
-            v, zv = _basis(_ops.right_product(x, dy, start).mT), None
+            start = test_matrix(self._spec.m, self._k, self._spec.seed, self._q.device)
+            v = _basis(_ops.right_product(x, dy, start).mT)
         else:
-            v = _basis(z.mT)
-            zv = z @ v
-        left = _product(_ops.left_product(x, dy, torch.cat((v, self._probes), dim=1)), scale)
-        new_q = self._range(left[:, : self._k], zv)
+            v = _basis(self._z.mT)
+        left = self._left(x, dy, scale, v, torch.cat((v, self._probes), dim=1))
+        q = _basis(left[:, : self._k])
         for _ in range(power_steps(self._micro_batches)):
-            v = _basis(self._project(x, dy, scale, new_q).mT)
-            new_q = self._range(_product(_ops.left_product(x, dy, v), scale), z @ v)
-        new_z = self._project(x, dy, scale, new_q)
-        finite = _all_finite(left) & _all_finite(new_z)
-        # in place, so that the memory of the state is taken once
-        torch.where(finite, new_q, q, out=q)
-        torch.where(finite, new_z, z, out=z)
-        self._probed += torch.where(finite, left[:, self._k :], 0.0)
+            v = _basis(self._right(x, dy, scale, q).mT)
+            q = _basis(self._left(x, dy, scale, v, v))
+        finite = _ops.commit_(self._q, self._z, self._probed, q, self._right(x, dy, scale, q), left)
         self._empty = False
         return finite
 
-    def _range(self, y: Tensor, zv: Tensor | None) -> Tensor:
-        """orth(G_t V + Q (Z V))."""
-        return _basis(y if zv is None else torch.addmm(y, self._q, zv))
+    def _left(self, x: Tensor, dy: Tensor, scale: float, v: Tensor, beside: Tensor) -> Tensor:
+        """(G_t + Q Z) V; columns that `beside` has beyond those of V see G_t only."""
+        return _ops.left_product(x, dy, beside, scale, onto=None if self._empty else (self._q, self._z @ v))
 
-    def _project(self, x: Tensor, dy: Tensor, scale: float, q: Tensor) -> Tensor:
+    def _right(self, x: Tensor, dy: Tensor, scale: float, q: Tensor) -> Tensor:
         """Qᵀ (G_t + Q_old Z_old), the projection of the sum on the range of `q`."""
-        projected = _product(_ops.right_product(x, dy, q), scale)
-        return projected if self._empty else projected.addmm_(q.mT @ self._q, self._z)
+        return _ops.right_product(x, dy, q, scale, onto=None if self._empty else (q.mT @ self._q, self._z))
 
     @staticmethod
     def finish(group: Sequence[Streaming]) -> tuple[Factors, Tensor]:

@@ -1,0 +1,220 @@
+"""The product kernels against float64, where a bound is what the eager op makes in the same dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.support import DEVICE, DTYPES, assert_as_good, needs_device, operand
+from loraga.backends import default
+from loraga.kernels import accumulate, choice, commit, random, streaming, thin, tuning
+
+pytestmark = needs_device
+
+# (T, m, n, k): powers of two, ragged, wide, tall, fewer tokens than columns, one token, more than one block of columns
+SHAPES = [(128, 64, 128, 64), (67, 45, 83, 19), (40, 16, 200, 33), (50, 208, 32, 16), (5, 48, 64, 40), (1, 7, 5, 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_project(shape, dtype):
+    tokens, _, n, k = shape
+    a, b = operand(2, tokens, n, dtype=dtype), operand(2, n, k, dtype=dtype, seed=1)
+    truth = thin.project_reference(a, b)
+    assert_as_good(thin.project(a, b), truth, a.float() @ b.float())
+    rounded = thin.project(a, b, out_dtype=dtype)
+    assert rounded.dtype == dtype
+    assert_as_good(rounded, truth, (a.float() @ b.float()).to(dtype), slack=1.01)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fold(shape, dtype, transposed):
+    tokens, m, _, k = shape
+    a, p = operand(2, tokens, m, dtype=dtype), operand(2, tokens, k, dtype=dtype, seed=1)
+    result = thin.fold(a, p, scale=0.25, transposed=transposed)
+    result = result.mT if transposed else result
+    assert_as_good(result, thin.fold_reference(a, p, 0.25), 0.25 * (a.float().mT @ p.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [0, 8])
+def test_fold_onto_a_sum(dtype, columns):
+    a, p = operand(1, 70, 45, dtype=dtype), operand(1, 70, 24, dtype=dtype, seed=1)
+    left, right = operand(45, 37, seed=2), operand(37, 24 - columns, seed=3)
+    truth = thin.fold_reference(a, p, 2.0, (left, right))
+    eager = 2.0 * (a.float().mT @ p.float())
+    eager[..., : 24 - columns] += left @ right
+    assert_as_good(thin.fold(a, p, scale=2.0, onto=(left, right)), truth, eager)
+    strided = (left.t().contiguous().t(), right.t().contiguous().t())
+    assert_as_good(thin.fold(a, p, scale=2.0, onto=strided), truth, eager)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "slices"])
+def test_strided_operands(layout):
+    a, b = operand(2, 60, 50), operand(2, 50, 20, seed=1)
+    if layout == "columns":
+        a, b = (t.mT.contiguous().mT for t in (a, b))
+    elif layout == "slices":
+        a, b = (torch.stack((t, torch.full_like(t, torch.nan)), dim=-1)[..., 0] for t in (a, b))
+    assert_as_good(thin.project(a, b), thin.project_reference(a, b), a @ b)
+    p = operand(2, 60, 20, seed=2)
+    assert_as_good(thin.fold(a, p), thin.fold_reference(a, p), a.mT @ p)
+
+
+def test_sums_are_cut_and_added_in_fixed_order(monkeypatch):
+    counts = []
+    summed = thin.sum_splits
+    monkeypatch.setattr(thin, "sum_splits", lambda partial, out: counts.append(len(partial)) or summed(partial, out))
+    a, b = operand(1, 16, 3000), operand(1, 3000, 16, seed=1)
+    first = thin.project(a, b)
+    assert counts and counts[0] > 1
+    assert_as_good(first, thin.project_reference(a, b), a @ b)
+    assert torch.equal(first, thin.project(a, b))
+    p = operand(1, 3000, 16, seed=2)
+    a = operand(1, 3000, 16, seed=3)
+    assert_as_good(thin.fold(a, p, transposed=True).mT, thin.fold_reference(a, p), a.mT @ p)
+    assert len(counts) == 3
+
+
+def test_more_columns_than_one_block_holds():
+    widest = max(columns for columns, _ in tuning.entries("project", torch.float32, 90))
+    k = widest + 16
+    a, b, p = operand(1, 32, 48), operand(1, 48, k, seed=1), operand(1, 32, k, seed=2)
+    assert_as_good(thin.project(a, b), thin.project_reference(a, b), a @ b)
+    assert_as_good(thin.fold(a, p), thin.fold_reference(a, p), a.mT @ p)
+    drawn = random_matrix(48, k, 5)
+    assert_as_good(thin.project(a, None, seeds=[5], k=k), thin.project_reference(a, drawn), a @ drawn)
+
+
+def random_matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
+    out = torch.empty(rows, columns, device=DEVICE)
+    default.test_matrix_(out, seed)
+    return out
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 12), (300, 5), (64, 64)])
+def test_fill_is_the_reference_bit_for_bit(shape):
+    for seed in (0, 1, 2**31 + 3, 2**62 + 12345):
+        out = torch.empty(shape, device=DEVICE)
+        random.fill(out, seed)
+        assert torch.equal(out, random_matrix(*shape, seed))
+
+
+@pytest.mark.parametrize("k", [4, 20, 36, 64])
+def test_a_drawn_operand_is_the_filled_one(k):
+    a, seeds = operand(3, 50, 90), [3, 2**62 + 1, 9]
+    filled = torch.stack([random_matrix(90, k, seed) for seed in seeds])
+    assert_as_good(thin.project(a, None, seeds=seeds, k=k), thin.project_reference(a, filled), a @ filled)
+
+
+def test_drawing_says_what_it_cannot():
+    with pytest.raises(ValueError, match="multiple of 4"):
+        thin.project(operand(1, 8, 8), None, seeds=[1], k=6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_left_and_right_product(shape, dtype):
+    tokens, m, n, k = shape
+    x, dy = operand(tokens, n, dtype=dtype), operand(tokens, m, dtype=dtype, seed=1)
+    v, q, zv = operand(n, k, seed=2), operand(m, k, seed=3), operand(k, max(1, k - 2), seed=4)
+    z = operand(k, n, seed=5)
+    for scale, onto in ((1.0, (None, None)), (0.5, (q, zv))):
+        eager = default.left_product(x, dy, v, scale, *onto)
+        p = x.double() @ v.to(dtype).double()  # v in the dtype of x is part of the op
+        truth = thin.fold_reference(dy, p, scale, onto if onto[0] is not None else None)
+        result = streaming.left_product(x, dy, v, scale, *onto)
+        assert result.stride() == eager.stride()
+        assert_as_good(result, truth, eager)
+    c = operand(k, k, seed=6)
+    for scale, onto in ((1.0, (None, None)), (0.5, (c, z))):
+        eager = default.right_product(x, dy, q, scale, *onto)
+        r = dy.double() @ q.to(dtype).double()
+        truth = scale * (r.mT @ x.double()) + (c.double() @ z.double() if onto[0] is not None else 0.0)
+        assert_as_good(streaming.right_product(x, dy, q, scale, *onto), truth, eager)
+
+
+@pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(128, 64, 128), (67, 45, 83), (300, 16, 24), (1, 7, 5)])
+def test_accumulate(shape, dtype, buffer):
+    tokens, m, n = shape
+    x, dy, g = operand(tokens, n, dtype=dtype), operand(tokens, m, dtype=dtype, seed=1), operand(m, n, dtype=buffer)
+    truth = g.double() + 0.125 * (dy.double().mT @ x.double())
+    eager = g.clone()
+    default.accumulate_(eager, x, dy, 0.125)
+    for make in (lambda t: t.clone(), lambda t: t.t().contiguous().t()):
+        result = make(g)
+        assert accumulate.accumulate(result, make(x), make(dy), 0.125)
+        assert_as_good(result, truth, eager, slack=1.01)
+
+
+def test_accumulate_rounds_to_nearest_once():
+    """1 + 2⁻⁸ per token: rounding the product to bfloat16 before it is added would lose every one of them."""
+    g = torch.zeros(16, 16, dtype=torch.bfloat16, device=DEVICE)
+    ones = torch.ones(512, 16, device=DEVICE)
+    accumulate.accumulate(g, ones, ones * (1 + 2.0**-8))
+    assert torch.equal(g.float(), torch.full_like(g, 514.0).float())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["x", "dy"])
+@pytest.mark.parametrize("tokens", [40, 900])
+def test_accumulate_leaves_a_poisoned_batch_out(where, bad, tokens):
+    x, dy, g = operand(tokens, 33), operand(tokens, 20, seed=1), operand(20, 33, seed=2)
+    (x if where == "x" else dy)[-1, -1] = bad
+    before = g.clone()
+    assert not accumulate.accumulate(g, x, dy)
+    assert torch.equal(g, before)
+
+
+def test_accumulate_of_no_token_changes_nothing():
+    g = operand(8, 8)
+    before = g.clone()
+    assert accumulate.accumulate(g, operand(0, 8), operand(0, 8))
+    assert torch.equal(g, before)
+
+
+@pytest.mark.parametrize("order", ["rows", "columns", "slice"])
+@pytest.mark.parametrize("probes", [0, 3])
+@pytest.mark.parametrize("poison", [None, "left", "z"])
+def test_commit(order, probes, poison):
+    m, n, k = 45, 130, 12
+    state = [operand(m, k), operand(k, n), operand(m, probes)]
+    new_q, new_z, left = operand(m, k, seed=1), operand(k, n, seed=1), operand(m, k + probes, seed=1)
+    if order == "columns":
+        left = left.t().contiguous().t()
+    elif order == "slice":
+        left = torch.cat((left, left), dim=1)[:, : k + probes]
+    if poison == "left":
+        left[m - 1, k + probes - 1] = torch.nan
+    elif poison == "z":
+        new_z[k - 1, n - 1] = -torch.inf
+    expected = [t.clone() for t in state]
+    finite = default.commit_(*expected, new_q, new_z, left)
+    assert bool(commit.commit(*state, new_q, new_z, left)) == bool(finite) == (poison is None)
+    for got, wanted in zip(state, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+class TestChoice:
+    def test_only_measured_wins_are_picked(self, monkeypatch):
+        monkeypatch.delenv("LORAGA_TRITON", raising=False)
+        monkeypatch.setattr(choice, "wins", lambda: {"accumulate_": {"90": {"16": [[1000, 2000]]}}})
+        half, full = torch.empty(1, dtype=torch.bfloat16), torch.empty(1)
+        assert choice.picks("accumulate_", 90, half, 1000)
+        assert not choice.picks("accumulate_", 90, half, 999)
+        assert not choice.picks("accumulate_", 90, half, 2001)
+        assert not choice.picks("accumulate_", 80, half, 1500)
+        assert not choice.picks("accumulate_", 90, full, 1500)
+        assert not choice.picks("commit_", 90, half, 1500)
+
+    def test_the_environment_decides(self, monkeypatch):
+        for value, expected in (("1", True), ("0", False)):
+            monkeypatch.setenv("LORAGA_TRITON", value)
+            assert choice.picks("accumulate_", 90, torch.empty(1), 1) is expected
+        monkeypatch.setenv("LORAGA_TRITON", "yes")
+        with pytest.raises(ValueError, match="LORAGA_TRITON='yes'"):
+            choice.picks("accumulate_", 90, torch.empty(1), 1)
