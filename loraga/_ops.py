@@ -289,6 +289,35 @@ def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.loraga.small_svd(core)
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# cholesky_inverse: what makes a tall block orthonormal, from its Gram matrix
+# ------------------------------------------------------------------------------------------------------------------
+_lib.define("cholesky_inverse(Tensor gram, float shift) -> Tensor")
+
+
+def _check_cholesky_inverse(gram: Tensor, shift: float) -> None:
+    if gram.dtype != torch.float64 or gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
+        raise _fail("cholesky_inverse", f"gram must be float64 (..., k, k), got {gram.dtype} {tuple(gram.shape)}")
+    if not 0 <= shift < float("inf"):
+        raise _fail("cholesky_inverse", f"shift must be finite and not negative, got {shift}")
+
+
+@torch.library.register_fake("loraga::cholesky_inverse", lib=_lib)
+def _(gram: Tensor, shift: float) -> Tensor:
+    _check_cholesky_inverse(gram, shift)
+    return torch.empty_like(gram, memory_format=torch.contiguous_format)
+
+
+def cholesky_inverse(gram: Tensor, shift: float = 0.0) -> Tensor:
+    """L⁻¹, lower triangular, with L Lᵀ = gram + shift · trace(gram) · I, for gram (..., k, k) float64.
+
+    Only the lower triangle is read. Where that sum is not positive definite or not finite, the result is NaN and there
+    is no error; nothing waits for the device.
+    """
+    _check_cholesky_inverse(gram, shift)
+    return torch.ops.loraga.cholesky_inverse(gram, shift)
+
+
 def implement(op: str, key: str) -> Callable[[F], F]:
     """Register the decorated function as the implementation of `op` for the dispatch key `key`."""
 
