@@ -11,9 +11,10 @@ keeps enough digits. A is made anew from Y, its norms and the index of the entry
 strides, such as Zᵀ) is read three times, most of them from cache, and no float64 block is written. Between passes Q is
 stored in float32: it is well conditioned by then, and the next pass makes exactly the stored one orthonormal.
 
-Launches: norms 1, then 3 or 4 in every pass (Gram, the sum of its parts if it has several, factor, product). Sums over m are cut into
-parts that are added in a fixed order, without atomics. Tensor cores of sm_80 and sm_90 have a float64 product; on
-sm_100 Triton makes it of fused multiply-adds, and of blocks narrower than 64 only. Triton before 3.5 has none.
+Launches: norms 1, then 3 or 4 in every pass (Gram, the sum of its parts if it has several, factor, product). Sums
+over m are cut into parts that are added in a fixed order, without atomics. Tensor cores of sm_80 and sm_90 have a
+float64 product; on sm_100 Triton makes it of fused multiply-adds, and of blocks narrower than 64 only. Triton before
+3.5 has none.
 """
 
 from __future__ import annotations
