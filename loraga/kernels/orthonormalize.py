@@ -38,7 +38,7 @@ _FLOAT64_DOT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >=
 _CONFIG = {
     80: {
         32: {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1},
-        256: {"BLOCK_M": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+        256: {"BLOCK_M": 16, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
     },
     100: {256: {"BLOCK_M": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}},
 }
