@@ -93,13 +93,9 @@ def orthonormalize(y: Tensor, refine: bool) -> Tensor:
     a = y / torch.where(largest > 0, largest, 1.0)  # squares overflow and vanish no more
     norm = torch.linalg.vector_norm(a, dim=-2, keepdim=True)
     a = torch.where(norm > 0, a / norm + _JITTER * noise, noise).double()
-    eye = torch.eye(k, dtype=a.dtype, device=a.device)
     shifts = (1e-15,) if not refine else (1e-15, 0.0) if m >= 1.5 * k else (1e-14, 1e-15, 0.0)
     for shift in shifts:
-        gram = a.mT @ a
-        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        lower = torch.linalg.cholesky_ex(gram + (shift * k) * mean * eye).L
-        a = a @ torch.linalg.solve_triangular(lower, eye, upper=False).mT
+        a = a @ torch.ops.loraga.cholesky_inverse(a.mT @ a, shift).mT
     return a.float()
 
 
@@ -112,3 +108,36 @@ def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(scaled.double())
     scale = torch.where(usable, largest, torch.where(largest == 0, 0.0, torch.nan))
     return u.float().contiguous(), (s * scale.squeeze(-1)).float(), vh.float().contiguous()
+
+
+@implement("cholesky_inverse", _KEY)
+def cholesky_inverse(gram: Tensor, shift: float) -> Tensor:
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    lower, info = torch.linalg.cholesky_ex(gram + shift * trace * eye)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    # LAPACK calls a NaN or Inf that comes up after the last pivot a success
+    usable = (info[..., None, None] == 0) & torch.isfinite(inverse).all(dim=(-2, -1), keepdim=True)
+    return torch.where(usable, inverse, torch.nan).contiguous()
+
+
+# Entries that the reference of gradient_add_ widens at a time: a whole gradient twice is what the op is there to avoid.
+_CHUNK = 2**18
+
+
+@implement("gradient_add_", _KEY)
+def gradient_add_(total: Tensor, gradient: Tensor, scale: float, finite: Tensor | None) -> Tensor:
+    added = torch.ones((), dtype=torch.bool, device=total.device) if finite is None else finite.clone()
+    if total.numel() == 0:
+        return added
+    gradient = torch.atleast_1d(gradient)
+    rows = gradient.shape[0]
+    step = max(1, _CHUNK * rows // total.numel())
+    parts = list(zip(total.view(rows, -1).split(step), gradient.split(step), strict=True))
+    if finite is None:
+        for _, part in parts:
+            added &= torch.isfinite(part).all()
+    for old, part in parts:
+        new = torch.add(old.float(), part.reshape(old.shape).float(), alpha=scale)
+        torch.where(added, new.to(old.dtype), old, out=old)
+    return added
