@@ -2,6 +2,7 @@
 
 from loraga.estimators.base import Estimate, Estimator, LayerSpec
 from loraga.estimators.dense import Dense
+from loraga.estimators.staging import StagingRing
 from loraga.estimators.streaming import Streaming, power_steps, sketch_width
 
-__all__ = ["Dense", "Estimate", "Estimator", "LayerSpec", "Streaming", "power_steps", "sketch_width"]
+__all__ = ["Dense", "Estimate", "Estimator", "LayerSpec", "StagingRing", "Streaming", "power_steps", "sketch_width"]
