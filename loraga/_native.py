@@ -87,12 +87,14 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         `dict`: `version`, `cuda` (bool), `cuda_architectures`, `cuda_compiler` (both empty without CUDA),
-        `cxx_compiler` and `functions` (their names).
+        `cxx_compiler` and `functions` (their names, space between).
 
     Raises:
         RuntimeError: the native core is not available.
     """
-    return dict(_core().build_info())
+    core = _core()
+    functions = [name for name in dir(core.cpu) if not name.startswith("_") and not name.endswith("_workspace")]
+    return {**core.build_info(), "functions": " ".join(functions)}
 
 
 def _check_batch(name: str, batch: torch.Tensor, dtype: torch.dtype, largest_k: int, beyond: str) -> None:
