@@ -141,9 +141,12 @@ def estimate_factors(
         model (`nn.Module`): a plain model or a `PeftModel` (its adapters are switched off meanwhile).
         loader (iterable): of batches, see [`fast_init`].
         target_modules (`str` or iterable of `str`, *optional*): in every form PEFT takes: a list of names or suffixes,
-            a regular expression, `"all-linear"`, or `None` for PEFT's defaults for the architecture.
+            a regular expression, `"all-linear"`, or `None` for PEFT's defaults for the architecture. Convolutions,
+            embeddings and other layers with a `weight` of two or more dimensions are targets too where they are named:
+            autograd forms their gradient, which is added to a dense buffer and freed at once.
         rank (`int`): triplets per layer; LoRA-GA at rank r needs 2r.
-        estimator (`str`): `"streaming"` or `"dense"`.
+        estimator (`str`): `"streaming"` or `"dense"`; layers that are not linear have dense buffers with both (float32
+            with `"streaming"`).
         loss_fn, max_batches, seed, show_progress_bar: as in [`fast_init`].
 
     Returns:
@@ -158,10 +161,11 @@ def estimate_factors(
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank={rank!r} must be a whole number of at least 1.")
     targets = adapters.find_target_names(model, target_modules)
+    linear = {name: module for name, module in targets.items() if adapters.is_linear_like(module)}
     with rng_untouched(), adapters.adapters_disabled(model):
         estimation = estimate(
             model,
-            targets,
+            linear,
             dict.fromkeys(targets, rank),
             loader,
             init,
@@ -169,6 +173,7 @@ def estimate_factors(
             max_batches=max_batches,
             seed=seed,
             show_progress_bar=show_progress_bar,
+            whole={name: module for name, module in targets.items() if name not in linear},
         )
     unseen = {name: reason for name in targets if (reason := _why_unseen(name, estimation))}
     if unseen:

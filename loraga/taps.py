@@ -57,14 +57,19 @@ class Taps:
     Args:
         targets (mapping of `str` to `nn.Module`): the layers; each takes x (..., n) and returns y (..., m).
         sink (callable): called as sink(name, x, dy) with x (T, n), dy (T, m) once per call of a layer, during backward.
+        watched (mapping of `str` to `nn.Module`, *optional*): further layers, which get no tap: `backward` reaches the
+            `weight` of each, so that a `GradientSink` sees its gradient.
 
     Attributes:
-        called (`set` of `str`): targets whose forward ran with gradients enabled.
-        saw_float16 (`bool`): a target multiplied in float16, whose small gradients vanish unless the loss is scaled.
+        called (`set` of `str`): layers whose forward ran with gradients enabled.
+        saw_float16 (`bool`): a layer multiplied in float16, whose small gradients vanish unless the loss is scaled.
     """
 
-    def __init__(self, targets: Mapping[str, nn.Module], sink: Sink) -> None:
+    def __init__(
+        self, targets: Mapping[str, nn.Module], sink: Sink, watched: Mapping[str, nn.Module] | None = None
+    ) -> None:
         self._targets = targets
+        self._watched = watched or {}
         self._sink = sink
         self._handles: list[Any] = []
         self._roots: dict[torch.device, Tensor] = {}
@@ -76,6 +81,8 @@ class Taps:
         try:
             for name, module in self._targets.items():
                 self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+            for name, module in self._watched.items():
+                self._handles.append(module.register_forward_hook(self._note(name)))
         except BaseException:
             self._remove()
             raise
@@ -90,10 +97,11 @@ class Taps:
 
     def backward(self, loss: Tensor) -> None:
         """Backward of `loss` as far as taps need it: no `.grad` of the model or of the caller's tensors is touched."""
-        if self._reentrant or not self._roots:  # reentrant checkpointing refuses named inputs
+        inputs = [*self._roots.values(), *(module.get_parameter("weight") for module in self._watched.values())]
+        if self._reentrant or not inputs:  # reentrant checkpointing refuses named inputs
             loss.backward()
         else:
-            torch.autograd.backward(loss, inputs=list(self._roots.values()))
+            torch.autograd.backward(loss, inputs=inputs)
 
     def _hook(self, name: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict, y: Any) -> Tensor | None:
@@ -109,6 +117,16 @@ class Taps:
             self.called.add(name)
             self.saw_float16 |= y.dtype == torch.float16
             return _Tap.apply(y, x, self._root(y.device), name, self._sink)
+
+        return hook
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, y: Any) -> None:
+            if not torch.is_grad_enabled():
+                self._reentrant = True
+                return
+            self.called.add(name)
+            self.saw_float16 |= torch.float16 in (getattr(y, "dtype", None), module.get_parameter("weight").dtype)
 
         return hook
 

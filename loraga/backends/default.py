@@ -202,3 +202,25 @@ def cholesky_inverse(gram: Tensor, shift: float) -> Tensor:
     # LAPACK calls a NaN or Inf that comes up after the last pivot a success
     usable = (info[..., None, None] == 0) & torch.isfinite(inverse).all(dim=(-2, -1), keepdim=True)
     return torch.where(usable, inverse, torch.nan).contiguous()
+
+
+# Entries that the reference of gradient_add_ widens at a time: a whole gradient twice is what the op is there to avoid.
+_CHUNK = 2**18
+
+
+@implement("gradient_add_", _KEY)
+def gradient_add_(total: Tensor, gradient: Tensor, scale: float, finite: Tensor | None) -> Tensor:
+    added = torch.ones((), dtype=torch.bool, device=total.device) if finite is None else finite.clone()
+    if total.numel() == 0:
+        return added
+    gradient = torch.atleast_1d(gradient)
+    rows = gradient.shape[0]
+    step = max(1, _CHUNK * rows // total.numel())
+    parts = list(zip(total.view(rows, -1).split(step), gradient.split(step), strict=True))
+    if finite is None:
+        for _, part in parts:
+            added &= torch.isfinite(part).all()
+    for old, part in parts:
+        new = torch.add(old.float(), part.reshape(old.shape).float(), alpha=scale)
+        torch.where(added, new.to(old.dtype), old, out=old)
+    return added

@@ -15,6 +15,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from transformers.pytorch_utils import Conv1D
 
+from loraga.sink import weight_matrix
 from loraga.snapshot import snapshot
 
 # module names inside a PeftModel start with this
@@ -30,7 +31,7 @@ def find_target_names(
     target_modules: str | Iterable[str] | None = "all-linear",
     exclude_modules: str | Iterable[str] | None = None,
 ) -> dict[str, nn.Module]:
-    """Linear-like modules of `model` that PEFT would adapt. The model is not changed.
+    """Modules of `model` that PEFT would adapt and whose gradient is a matrix. The model is not changed.
 
     Args:
         model (`nn.Module`): a plain model or a `PeftModel`.
@@ -40,20 +41,19 @@ def find_target_names(
 
     Returns:
         `dict[str, nn.Module]`: by module name in `model`, in the model's order. Where an adapter sits around the
-        module, the name is the adapter layer's and the module is the target inside it. What PEFT could adapt but is
-        not linear (embeddings, convolutions) is left out.
+        module, the name is the adapter layer's and the module is the target inside it: a linear layer
+        (`is_linear_like`) or another with a `loraga.sink.weight_matrix`, such as an embedding or a convolution.
 
     Raises:
-        ValueError: nothing linear matches, or PEFT has no default for this model type.
+        ValueError: no such module matches, or PEFT has no default for this model type.
         TypeError: the `PeftModel` is one of prompt learning.
     """
     config = LoraConfig(target_modules=_plain_targets(target_modules), exclude_modules=_plain_targets(exclude_modules))
     if isinstance(model, PeftModel) and any(other.is_prompt_learning for other in model.peft_config.values()):
         raise TypeError("This PeftModel learns a prompt, which cannot be switched off; pass model.get_base_model().")
     base, prefix = (model.base_model.model, INNER_PREFIX) if isinstance(model, PeftModel) else (model, "")
-    targets = {
-        prefix + name: _inner(module) for name, module in _matches(base, config) if is_linear_like(_inner(module))
-    }
+    found = ((prefix + name, _inner(module)) for name, module in _matches(base, config))
+    targets = {name: module for name, module in found if is_linear_like(module) or weight_matrix(module) is not None}
     if not targets:
         raise ValueError(_nothing_found(base, config, target_modules))
     return targets
