@@ -19,9 +19,10 @@ Sink = Callable[[str, Tensor, Tensor], None]
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, root: Tensor | None, name: str, sink: Sink) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, root: Tensor | None, name: str, taps: Taps) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.name, ctx.sink = name, sink
+        ctx.name, ctx.taps = name, taps
+        ctx.within = torch._C._current_graph_task_id()  # the backward that recomputes a checkpoint, else -1
         # An in-place op behind the layer must find a tensor it may write to, so the result may not be a view in
         # autograd's eyes. y itself, marked dirty, is that tensor, except where y is a view already: writing to one
         # costs a copy of its base's gradient, and an alias without view bookkeeping does not.
@@ -35,7 +36,9 @@ class _Tap(torch.autograd.Function):
         (dy,) = grads
         (x,) = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            ctx.sink(ctx.name, *_matrices(x, dy))
+            # reentrant checkpointing runs backward inside backward: the outer one is what the caller asked for
+            ctx.taps.enter_backward(ctx.within if ctx.within >= 0 else torch._C._current_graph_task_id())
+            ctx.taps.sink(ctx.name, *_matrices(x, dy))
         return dy, None, None, None, None
 
 
@@ -57,15 +60,20 @@ class Taps:
     Args:
         targets (mapping of `str` to `nn.Module`): the layers; each takes x (..., n) and returns y (..., m).
         sink (callable): called as sink(name, x, dy) with x (T, n), dy (T, m) once per call of a layer, during backward.
+        on_backward (callable, *optional*): called before the first `sink` of every backward call.
 
     Attributes:
         called (`set` of `str`): targets whose forward ran with gradients enabled.
         saw_float16 (`bool`): a target multiplied in float16, whose small gradients vanish unless the loss is scaled.
     """
 
-    def __init__(self, targets: Mapping[str, nn.Module], sink: Sink) -> None:
+    def __init__(
+        self, targets: Mapping[str, nn.Module], sink: Sink, on_backward: Callable[[], None] | None = None
+    ) -> None:
         self._targets = targets
-        self._sink = sink
+        self.sink = sink
+        self._on_backward = on_backward
+        self._backward_id = -1
         self._handles: list[Any] = []
         self._roots: dict[torch.device, Tensor] = {}
         self._reentrant = False
@@ -95,6 +103,13 @@ class Taps:
         else:
             torch.autograd.backward(loss, inputs=list(self._roots.values()))
 
+    def enter_backward(self, number: int) -> None:
+        """A tap was reached by the backward call of this number, as autograd counts them."""
+        if number != self._backward_id:
+            self._backward_id = number
+            if self._on_backward is not None:
+                self._on_backward()
+
     def _hook(self, name: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict, y: Any) -> Tensor | None:
             if not torch.is_grad_enabled():
@@ -108,7 +123,7 @@ class Taps:
                 )
             self.called.add(name)
             self.saw_float16 |= y.dtype == torch.float16
-            return _Tap.apply(y, x, self._root(y.device), name, self._sink)
+            return _Tap.apply(y, x, self._root(y.device), name, self)
 
         return hook
 
