@@ -51,11 +51,15 @@ def find_target_names(
     if isinstance(model, PeftModel) and any(other.is_prompt_learning for other in model.peft_config.values()):
         raise TypeError("This PeftModel learns a prompt, which cannot be switched off; pass model.get_base_model().")
     base, prefix = (model.base_model.model, INNER_PREFIX) if isinstance(model, PeftModel) else (model, "")
-    targets = {
-        prefix + name: _inner(module) for name, module in _matches(base, config) if is_linear_like(_inner(module))
-    }
+    return {prefix + name: module for name, module in find_targets(base, config).items()}
+
+
+def find_targets(base: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """As `find_target_names`, of a model that is no `PeftModel`; `config.target_modules` is spelled out on the way."""
+    asked = config.target_modules
+    targets = {name: _inner(module) for name, module in _matches(base, config) if is_linear_like(_inner(module))}
     if not targets:
-        raise ValueError(_nothing_found(base, config, target_modules))
+        raise ValueError(_nothing_found(base, config, asked))
     return targets
 
 
