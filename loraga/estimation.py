@@ -68,10 +68,10 @@ def estimate(
     """
     total = _count(loader, max_batches)
     collector = _Collector(ranks, config, total, seed)
-    collector.prepare(targets)
     device = _input_device(model)
     started = time.perf_counter()
     with quiet(model), Taps(targets, collector.sink) as taps:
+        collector.prepare(targets)
         bar = tqdm(total=total, desc="loraga: gradients", unit="batch", disable=not show_progress_bar)
         with bar:
             for index, batch in enumerate(itertools.islice(loader, max_batches)):
@@ -102,9 +102,9 @@ def estimate_step(
         ValueError: `step` ran no backward that reached a target, or all of them had NaN or Inf.
     """
     collector = _Collector(ranks, config, None, seed)
-    collector.prepare(targets)
     started = time.perf_counter()
     with kept(model), quiet(model), Taps(targets, collector.sink, collector.next_micro_batch) as taps:
+        collector.prepare(targets)
         step()
     collector.next_micro_batch()
     return _conclude(collector, targets, taps.called, started, show_progress_bar=False)
