@@ -394,6 +394,23 @@ def test_micro_batches_however_forward_and_backward_are_ordered():
         assert carriers(model)["layers.1"].factors.S.tolist() == pytest.approx(expected, rel=1e-3)
 
 
+def test_an_in_place_activation_behind_a_target_works():
+    """B30."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(40, 96), nn.ReLU(inplace=True), nn.Linear(96, 12))
+
+    def loss_of(model: nn.Module, batch: dict) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch["inputs"]), batch["labels"])
+
+    model, (batch,) = net(), mlp_batches(1)
+    preprocess_loraga(model, lora_ga(target_modules=["0", "2"]), lambda: loss_of(model, batch).backward())
+    for name, gradient in exact_gradients(net(), ["0", "2"], [batch], loss_of).items():
+        spectrum = torch.linalg.svdvals(gradient)[: 2 * R].tolist()
+        assert carriers(model)[name].factors.S.tolist() == pytest.approx(spectrum, rel=1e-3)
+
+
 class Noisy(MLP):
     """Dropout and BatchNorm, both of which would show in training mode."""
 
