@@ -181,6 +181,25 @@ def test_half_precision_keeps_its_dtype(dtype, tmp_path):
     assert torch.allclose(answer(PeftModel.from_pretrained(model, tmp_path), x), expected, atol=1e-2)
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_what_is_subtracted_is_what_is_added(autocast):
+    """The adapter's values as stored, in the dtype of the base, not those before rounding."""
+    model = MLP().bfloat16()
+    original = copy.deepcopy(model)
+
+    def train_step() -> None:
+        for batch in mlp_batches():
+            model(batch["inputs"].bfloat16(), batch["labels"])["loss"].backward()
+
+    preprocess_loraga(model, lora_ga(), train_step)
+    peft_model = get_peft_model(model, lora_ga(), autocast_adapter_dtype=autocast)
+    for index, layer in enumerate(peft_model.base_model.model.layers):
+        A, B = (x.double() for x in halves(peft_model, f"layers.{index}"))
+        expected = original.layers[index].weight.double() - layer.scaling["default"] * B @ A
+        assert torch.equal(A, A.bfloat16().double())
+        assert (layer.get_base_layer().weight == expected.bfloat16()).double().mean() > 0.99
+
+
 class Mixed(nn.Module):
     """One layer that can be started, and two that cannot."""
 
@@ -468,6 +487,7 @@ def test_the_step_may_choose_the_mode():
 def test_a_step_that_raises_leaves_the_model_as_it_was(where, tmp_path):
     """B31."""
     model, loader = Noisy().train(), mlp_batches()
+    model.layers[1].requires_grad_(False)
     model.layers[0].weight.grad = torch.ones_like(model.layers[0].weight)
     before = snapshot_of(model)
 

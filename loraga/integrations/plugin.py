@@ -19,7 +19,6 @@ from typing import Any, NoReturn, cast
 
 import peft
 import torch
-from packaging.version import Version
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -116,7 +115,7 @@ def _replacements() -> list[tuple[Any, str, Callable]]:
     `preprocess_loraga` is wrapped by `torch.no_grad`, and the wrapper keeps it in a closure cell. The cell is changed
     rather than the name, so that everyone who holds the wrapper is served, whenever it was imported.
     """
-    release = Version(peft.__version__).release[:2]
+    release = tuple(int(part) for part in peft.__version__.split(".")[:2])
     if release < KNOWN[0]:
         _refuse(f"has no LoRA-GA; it came with {_FIRST}")
     if release not in KNOWN:
