@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from loraga.config import InitConfig
 from loraga.estimators import Dense, Estimate, Estimator, LayerSpec, StagingRing, Streaming, finish
 from loraga.linalg import seed_of
-from loraga.quiet import quiet
+from loraga.quiet import kept, quiet
 from loraga.sink import GradientSink, own_weights
 from loraga.taps import Taps
 
@@ -77,7 +77,6 @@ def estimate(
     collector = _Collector(ranks, config, total, seed)
     device = _input_device(model)
     started = time.perf_counter()
-    batches = 0
     with (
         collector,
         quiet(model),
@@ -91,16 +90,55 @@ def estimate(
             for index, batch in enumerate(itertools.islice(loader, max_batches)):
                 batch = _move(batch, device)
                 collector.absorb(partial(_loss, model, batch, loss_fn, index), taps)
-                batches += 1
                 bar.update()
-    if batches == 0:
+    if collector.micro_batches == 0:
         raise ValueError("The loader gave no batch; loraga needs at least one to see a gradient.")
+    return _conclude(collector, ranks, taps.called, started, show_progress_bar)
+
+
+def estimate_step(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    ranks: Mapping[str, int],
+    step: Callable[[], Any],
+    config: InitConfig,
+    *,
+    seed: int,
+) -> Estimation:
+    """As `estimate`, of a callback that runs forward and backward itself, as often as it likes.
+
+    Every backward call is one micro-batch. `step` finds the model as `quiet` leaves it (no dropout, nothing to train,
+    so backward computes no weight gradient) and no gradient at any parameter; it may change modes and clear or clip
+    gradients. All of that is put back. float16 losses go backward as `step` scales them.
+
+    Raises:
+        ValueError: `step` ran no backward that reached a target, or all of them had NaN or Inf.
+    """
+    collector = _Collector(ranks, config, None, seed)
+    started = time.perf_counter()
+    with (
+        collector,
+        kept(model),
+        quiet(model),
+        Taps(targets, collector.sink, on_backward=collector.next_micro_batch) as taps,
+    ):
+        collector.prepare(targets, {})
+        step()
+    collector.next_micro_batch()
+    return _conclude(collector, ranks, taps.called, started, show_progress_bar=False)
+
+
+def _conclude(
+    collector: _Collector, ranks: Mapping[str, int], called: set[str], started: float, show_progress_bar: bool
+) -> Estimation:
+    """Factors of what was collected since `started`."""
+    batches = collector.micro_batches
     estimators = {name: collector.estimators[name] for name in ranks if name in collector.updates}
     if not estimators:
         raise ValueError(
             f"None of the {len(ranks)} target layers saw a gradient: "
-            + ("none was called by the forward pass." if not taps.called else "the loss does not depend on them.")
-            + " Check target_modules and loss_fn."
+            + ("none was called by the forward pass." if not called else "the loss does not depend on them.")
+            + " Check target_modules and the loss."
         )
     skipped_batches = collector.skipped_batches()
     if skipped_batches == batches and not collector.any_kept():
@@ -113,8 +151,8 @@ def estimate(
     skipped = {name: int(count) for name, count in collector.skipped.items()}
     observed = time.perf_counter()
     # each micro-batch weighs the same, left out ones nothing
-    kept = {name: batches * (1 - skipped[name] / updates[name]) for name in estimators}
-    divisors = {name: max(count, 1.0) * (collector.loss_scale or 1.0) for name, count in kept.items()}
+    summed = {name: batches * (1 - skipped[name] / updates[name]) for name in estimators}
+    divisors = {name: max(count, 1.0) * (collector.loss_scale or 1.0) for name, count in summed.items()}
     bar = tqdm(total=len(estimators), desc="loraga: factors", unit="layer", disable=not show_progress_bar)
     with bar:
         estimates = finish(estimators, divisors, bar.update)
@@ -122,7 +160,7 @@ def estimate(
         estimates,
         dict(updates),
         skipped,
-        taps.called,
+        called,
         batches,
         skipped_batches,
         state_bytes,
@@ -216,7 +254,7 @@ class _Collector:
 
     def absorb(self, loss_of: Callable[[], Tensor], taps: Taps) -> None:
         """One micro-batch: forward, backward, and every target's update on the way."""
-        self._flags, self._summed = {}, set()
+        self._summed = set()
         loss = loss_of()
         if self._flags:
             raise ValueError("loss_fn ran backward itself; let it return the loss, and loraga runs backward.")
@@ -224,12 +262,22 @@ class _Collector:
             self._backward_float16(loss, loss_of, taps)
         else:
             self._backward(loss, taps)
+        self._close_micro_batch()
+
+    def next_micro_batch(self) -> None:
+        """What was seen since the last call was one micro-batch; nothing was none."""
+        if self._flags:
+            self._close_micro_batch()
+
+    def _close_micro_batch(self) -> None:
         finite: dict[torch.device, Tensor] = {}
         for (name, _), flag in self._flags.items():
             self.updates[name] += 1
             self.skipped[name] = self.skipped[name] + ~flag if name in self.skipped else (~flag).long()
             finite[flag.device] = finite[flag.device] & flag if flag.device in finite else flag
         self._finite.append(finite)
+        self._flags.clear()
+        self._calls.clear()
 
     def _backward(self, loss: Tensor, taps: Taps) -> None:
         self._calls.clear()
@@ -257,6 +305,11 @@ class _Collector:
             if len(self._summed) == len(self._flags) or not usable:
                 break
             scale *= _FLOAT16_BACKOFF
+
+    @property
+    def micro_batches(self) -> int:
+        """How many there were."""
+        return len(self._finite)
 
     def skipped_batches(self) -> int:
         """Micro-batches in which some layer met NaN or Inf."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -52,10 +52,21 @@ def find_target_names(
     if isinstance(model, PeftModel) and any(other.is_prompt_learning for other in model.peft_config.values()):
         raise TypeError("This PeftModel learns a prompt, which cannot be switched off; pass model.get_base_model().")
     base, prefix = (model.base_model.model, INNER_PREFIX) if isinstance(model, PeftModel) else (model, "")
-    found = ((prefix + name, _inner(module)) for name, module in _matches(base, config))
-    targets = {name: module for name, module in found if is_linear_like(module) or weight_matrix(module) is not None}
+    targets = _find(base, config, lambda module: is_linear_like(module) or weight_matrix(module) is not None)
+    return {prefix + name: module for name, module in targets.items()}
+
+
+def find_targets(base: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """As `find_target_names`, of linear layers of a model that is no `PeftModel`."""
+    return _find(base, config, is_linear_like)
+
+
+def _find(base: nn.Module, config: LoraConfig, fits: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """The targets that fit; `config.target_modules` is spelled out on the way."""
+    asked = config.target_modules
+    targets = {name: _inner(module) for name, module in _matches(base, config) if fits(_inner(module))}
     if not targets:
-        raise ValueError(_nothing_found(base, config, target_modules))
+        raise ValueError(_nothing_found(base, config, asked))
     return targets
 
 
