@@ -11,7 +11,7 @@ from torch import nn
 
 import loraga
 from loraga.estimation import _Collector
-from loraga.estimators import Dense, LayerSpec, StagingRing, staging
+from loraga.estimators import Dense, LayerSpec, StagingRing, finish, staging
 
 CPU = torch.device("cpu")
 # (m, n) of buffers; with blocks of 2400 bytes: several blocks of rows, one exactly, much smaller, one row a block
@@ -125,7 +125,7 @@ def test_factors_from_host_memory_are_those_from_the_device():
         staged.update(x, dy, 2.0**-i)
     assert staged.state_bytes == plain.state_bytes == 60 * 50 * 4
     ring.close()
-    ours, theirs = staged.finish(3.0), plain.finish(3.0)
+    ours, theirs = (finish({"layer": layer}, {"layer": 3.0})["layer"] for layer in (staged, plain))
     assert torch.allclose(ours.factors.S, theirs.factors.S, rtol=1e-5)
     assert torch.allclose(ours.factors.U @ ours.factors.Vh, theirs.factors.U @ theirs.factors.Vh, atol=1e-4)
     assert ours.energy == pytest.approx(theirs.energy, rel=1e-5)
