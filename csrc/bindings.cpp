@@ -1,8 +1,11 @@
 // The Python face of the core: integer pointers in, nothing of torch. Callers are checked in loraga/_native.py;
 // what the core throws is turned into Python exceptions here and nowhere else.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "loraga/cholesky.hpp"
 #include "loraga/error.hpp"
+#include "loraga/gradient.hpp"
 #include "loraga/jacobi.hpp"
 
 namespace py = pybind11;
@@ -16,6 +19,21 @@ T* pointer(std::uintptr_t address) {
 }
 
 Workspace workspace_at(std::uintptr_t address, std::size_t bytes) { return {pointer<void>(address), bytes}; }
+
+GradientProblem gradient_problem(std::uintptr_t sum, std::uintptr_t gradient, std::uintptr_t finite, Element sum_type,
+                                 Element gradient_type, const std::vector<std::int64_t>& sizes,
+                                 const std::vector<std::int64_t>& strides, float scale, bool finite_is_given) {
+    GradientProblem problem{pointer<void>(sum), pointer<const void>(gradient), pointer<std::uint8_t>(finite),
+                            sum_type,           gradient_type,                 static_cast<int>(sizes.size()),
+                            {},                 {},                            scale,
+                            finite_is_given};
+    LORAGA_REQUIRE(sizes.size() == strides.size(), sizes.size() << " sizes, " << strides.size() << " strides");
+    LORAGA_REQUIRE(sizes.size() <= kGradientMaxDims,
+                   "the gradient has " << sizes.size() << " dimensions, allowed are 0 to " << kGradientMaxDims);
+    std::copy(sizes.begin(), sizes.end(), problem.sizes);
+    std::copy(strides.begin(), strides.end(), problem.strides);
+    return problem;
+}
 
 py::dict build_info() {
     py::dict info;
@@ -55,7 +73,33 @@ PYBIND11_MODULE(_C, m) {
              py::arg("batch"), py::arg("k"));
     m.attr("JACOBI_MAX_K") = kJacobiMaxK;
 
+    py::class_<CholeskyProblem>(m, "CholeskyProblem")
+        .def(py::init([](std::uintptr_t gram, std::uintptr_t inverse, std::uintptr_t status, std::int64_t batch, int k,
+                         double shift) {
+                 return CholeskyProblem{pointer<const double>(gram),
+                                        pointer<double>(inverse),
+                                        pointer<std::int32_t>(status),
+                                        batch,
+                                        k,
+                                        shift};
+             }),
+             py::kw_only(), py::arg("gram"), py::arg("inverse"), py::arg("status"), py::arg("batch"), py::arg("k"),
+             py::arg("shift"));
+    m.attr("CHOLESKY_MAX_K") = kCholeskyMaxK;
+
+    py::enum_<Element>(m, "Element")
+        .value("float32", Element::kFloat32)
+        .value("bfloat16", Element::kBFloat16)
+        .value("float16", Element::kFloat16);
+    py::class_<GradientProblem>(m, "GradientProblem")
+        .def(py::init(&gradient_problem), py::kw_only(), py::arg("sum"), py::arg("gradient"), py::arg("finite"),
+             py::arg("sum_type"), py::arg("gradient_type"), py::arg("sizes"), py::arg("strides"), py::arg("scale"),
+             py::arg("finite_is_given"));
+
     py::module_ cpu = m.def_submodule("cpu");
+    cpu.def("cholesky_inverse", &loraga::cpu::cholesky_inverse, py::arg("problem"),
+            py::call_guard<py::gil_scoped_release>());
+    cpu.def("gradient_add", &loraga::cpu::gradient_add, py::arg("problem"), py::call_guard<py::gil_scoped_release>());
     cpu.def("jacobi_svd_workspace", &loraga::cpu::jacobi_svd_workspace, py::arg("batch"), py::arg("k"));
     cpu.def(
         "jacobi_svd",
@@ -73,6 +117,10 @@ PYBIND11_MODULE(_C, m) {
              }),
              py::kw_only(), py::arg("device"), py::arg("stream"));
     cuda.def("check_device", &loraga::cuda::check_device, py::arg("device"), py::call_guard<py::gil_scoped_release>());
+    cuda.def("cholesky_inverse", &loraga::cuda::cholesky_inverse, py::arg("problem"), py::arg("target"),
+             py::call_guard<py::gil_scoped_release>());
+    cuda.def("gradient_add", &loraga::cuda::gradient_add, py::arg("problem"), py::arg("target"),
+             py::call_guard<py::gil_scoped_release>());
     cuda.def("jacobi_svd_workspace", &loraga::cuda::jacobi_svd_workspace, py::arg("batch"), py::arg("k"),
              py::arg("target"), py::call_guard<py::gil_scoped_release>());
     cuda.def(

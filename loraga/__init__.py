@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from loraga.api import estimate_factors, fast_init
     from loraga.config import InitConfig
     from loraga.factors import Factors
-    from loraga.integrations.peft import attach_anchor, export_adapter, restore_base
+    from loraga.integrations.peft import (
+        apply_to_peft,
+        attach_anchor,
+        export_adapter,
+        restore_base,
+        restore_peft,
+    )
     from loraga.report import InitReport, LayerReport
 
 # public name -> where it lives; imported on first use, so that `loraga --help` does not wait for torch
@@ -20,11 +26,13 @@ _HOMES = {
     "InitConfig": "loraga.config",
     "InitReport": "loraga.report",
     "LayerReport": "loraga.report",
+    "apply_to_peft": "loraga.integrations.peft",
     "attach_anchor": "loraga.integrations.peft",
     "estimate_factors": "loraga.api",
     "export_adapter": "loraga.integrations.peft",
     "fast_init": "loraga.api",
     "restore_base": "loraga.integrations.peft",
+    "restore_peft": "loraga.integrations.peft",
 }
 
 __all__ = [
@@ -33,11 +41,13 @@ __all__ = [
     "InitReport",
     "LayerReport",
     "__version__",
+    "apply_to_peft",
     "attach_anchor",
     "estimate_factors",
     "export_adapter",
     "fast_init",
     "restore_base",
+    "restore_peft",
 ]
 
 

@@ -16,6 +16,7 @@ import torch
 
 from loraga._version import __version__
 
+GRADIENT_MAX_DIMS = 5
 _REBUILD = "Rebuild it with `pip install .` (or `pip install -e .`) in loraga's sources."
 
 
@@ -85,26 +86,41 @@ def build_info() -> dict[str, Any]:
     """How the native core was built.
 
     Returns:
-        `dict`: `version`, `cuda` (bool), `cuda_architectures`, `cuda_compiler` (both empty without CUDA) and
-        `cxx_compiler`.
+        `dict`: `version`, `cuda` (bool), `cuda_architectures`, `cuda_compiler` (both empty without CUDA),
+        `cxx_compiler` and `functions` (their names, space between).
 
     Raises:
         RuntimeError: the native core is not available.
     """
-    return dict(_core().build_info())
+    core = _core()
+    functions = [name for name in dir(core.cpu) if not name.startswith("_") and not name.endswith("_workspace")]
+    return {**core.build_info(), "functions": " ".join(functions)}
 
 
-def _check_cores(core: torch.Tensor, largest_k: int) -> None:
-    if not isinstance(core, torch.Tensor):
-        raise TypeError(f"core must be a torch.Tensor, not {type(core).__name__}.")
-    if core.dtype != torch.float32:
-        raise TypeError(f"core must be float32, not {core.dtype}; convert it with core.float().")
-    if core.ndim != 3 or core.shape[1] != core.shape[2]:
-        raise ValueError(f"core must have the shape (batch, k, k), not {tuple(core.shape)}.")
-    if not 1 <= core.shape[1] <= largest_k:
-        raise ValueError(f"core has k = {core.shape[1]}; allowed are 1 to {largest_k}. Use torch.linalg.svd beyond.")
-    if not core.is_contiguous():
-        raise ValueError("core must be contiguous; call core.contiguous() first.")
+def _check_batch(name: str, batch: torch.Tensor, dtype: torch.dtype, largest_k: int, beyond: str) -> None:
+    if not isinstance(batch, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(batch).__name__}.")
+    if batch.dtype != dtype:
+        wanted = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be {wanted}, not {batch.dtype}; convert it with {name}.to({dtype}).")
+    if batch.ndim != 3 or batch.shape[1] != batch.shape[2]:
+        raise ValueError(f"{name} must have the shape (batch, k, k), not {tuple(batch.shape)}.")
+    if not 1 <= batch.shape[1] <= largest_k:
+        raise ValueError(f"{name} has k = {batch.shape[1]}; allowed are 1 to {largest_k}. Use {beyond} beyond.")
+    if not batch.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; call {name}.contiguous() first.")
+
+
+def _home(native: ModuleType, name: str, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
+    """The functions for a device, and what they take besides: on CUDA the device and its current stream."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} must be on a cpu or cuda device, not on {device}.")
+    reason = why_unavailable(device)
+    if reason is not None:
+        raise RuntimeError(reason)
+    if device.type == "cpu":
+        return native.cpu, ()
+    return native.cuda, (native.cuda.Target(device=device.index, stream=torch.cuda.current_stream(device).cuda_stream),)
 
 
 def jacobi_svd(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -129,13 +145,8 @@ def jacobi_svd(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         RuntimeError: the native core is not available there (see `why_unavailable`), or a CUDA call failed.
     """
     native = _core()
-    _check_cores(core, native.JACOBI_MAX_K)
-    if core.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"core must be on a cpu or cuda device, not on {core.device}.")
-    reason = why_unavailable(core.device)
-    if reason is not None:
-        raise RuntimeError(reason)
-
+    _check_batch("core", core, torch.float32, native.JACOBI_MAX_K, "torch.linalg.svd")
+    functions, target = _home(native, "core", core.device)
     batch, k = core.shape[:2]
     u, vh = torch.empty_like(core), torch.empty_like(core)
     s = core.new_empty(batch, k)
@@ -150,14 +161,104 @@ def jacobi_svd(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         k=k,
     )
     options = native.JacobiOptions()
-    if core.device.type == "cuda":
-        stream = torch.cuda.current_stream(core.device)
-        rooms: tuple[Any, ...] = (native.cuda.Target(device=core.device.index, stream=stream.cuda_stream),)
-        functions = native.cuda
-    else:
-        rooms = ()
-        functions = native.cpu
-    size = functions.jacobi_svd_workspace(batch, k, *rooms)
+    size = functions.jacobi_svd_workspace(batch, k, *target)
     workspace = torch.empty(size, dtype=torch.uint8, device=core.device)
-    functions.jacobi_svd(problem, options, workspace.data_ptr(), size, *rooms)
+    functions.jacobi_svd(problem, options, workspace.data_ptr(), size, *target)
     return u, s, vh, status
+
+
+def cholesky_inverse(gram: torch.Tensor, shift: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverses of the Cholesky factors of many small Gram matrices in one call.
+
+    inverse[i] = L^-1 with L Lᵀ = gram[i] + shift · trace(gram[i]) · I and L lower triangular, in float64 and a fixed
+    order: the same input gives the same bits on the same device. On a CUDA device it is one launch on the current
+    stream and nothing waits for it. Only the lower triangles are read. No gradient flows.
+
+    Args:
+        gram (`torch.Tensor`): (batch, k, k), float64, contiguous, k from 1 to 256, on a CPU or CUDA device.
+        shift (`float`, *optional*): added to the diagonal, as a share of the trace.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: inverse (batch, k, k), float64, zero above the diagonal, and status
+        (batch,), int32: 0 good, else the order of the first leading minor that is not positive (or not finite); the
+        whole inverse is NaN then. Both on the device of `gram`.
+
+    Raises:
+        TypeError: `gram` is not a float64 tensor.
+        ValueError: shape, size, strides or device of `gram` do not fit, or `shift` is negative or not finite.
+        RuntimeError: the native core is not available there (see `why_unavailable`), or a CUDA call failed.
+    """
+    native = _core()
+    _check_batch("gram", gram, torch.float64, native.CHOLESKY_MAX_K, "torch.linalg.cholesky_ex")
+    functions, target = _home(native, "gram", gram.device)
+    batch, k = gram.shape[:2]
+    inverse = torch.empty_like(gram)
+    status = torch.empty(batch, dtype=torch.int32, device=gram.device)
+    problem = native.CholeskyProblem(
+        gram=gram.data_ptr(), inverse=inverse.data_ptr(), status=status.data_ptr(), batch=batch, k=k, shift=shift
+    )
+    functions.cholesky_inverse(problem, *target)
+    return inverse, status
+
+
+def gradient_add(
+    total: torch.Tensor, gradient: torch.Tensor, scale: float = 1.0, finite: torch.Tensor | None = None
+) -> torch.Tensor:
+    """total += scale · gradient in place, unless the gradient holds a NaN or Inf. On CUDA nothing waits for it.
+
+    Entries are matched in row-major order of their indices, so `total` may be a matrix (m, n) and the gradient that of
+    a convolution (m, c, h, w) with n = c h w, in any memory layout. scale · gradient + total is one fused
+    multiply-add in float32, rounded to nearest once more where `total` is bfloat16. No gradient flows.
+
+    Args:
+        total (`torch.Tensor`): float32 or bfloat16, contiguous.
+        gradient (`torch.Tensor`): float32, bfloat16 or float16, as many entries, up to 5 dimensions, any strides, on
+            the same CPU or CUDA device.
+        scale (`float`, *optional*): rounded to float32.
+        finite (`torch.Tensor`, *optional*): 0-dim bool on the device: add where it is True, whatever the gradient
+            holds. For a part of a gradient of which the whole has been looked at.
+
+    Returns:
+        `torch.Tensor`: 0-dim bool on the device: was the gradient added? `finite` itself where that is given.
+
+    Raises:
+        TypeError: a tensor of another dtype, or none.
+        ValueError: sizes, strides or devices do not fit.
+        RuntimeError: the native core is not available there (see `why_unavailable`), or a CUDA call failed.
+    """
+    native = _core()
+    sums = {torch.float32: native.Element.float32, torch.bfloat16: native.Element.bfloat16}
+    gradients = {**sums, torch.float16: native.Element.float16}
+    for name, tensor, known in (("total", total, sums), ("gradient", gradient, gradients)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}.")
+        if tensor.layout != torch.strided or tensor.dtype not in known:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
+            raise TypeError(f"{name} must be a dense tensor of {allowed}, not {tensor.layout} {tensor.dtype}.")
+    if not total.is_contiguous():
+        raise ValueError("total must be contiguous.")
+    if gradient.ndim > GRADIENT_MAX_DIMS:
+        raise ValueError(f"gradient has {gradient.ndim} dimensions; allowed are up to {GRADIENT_MAX_DIMS}.")
+    if total.numel() != gradient.numel() or total.device != gradient.device:
+        raise ValueError(
+            f"total {tuple(total.shape)} on {total.device} and gradient {tuple(gradient.shape)} on {gradient.device} "
+            "must have as many entries and one device."
+        )
+    if finite is not None and (finite.dtype != torch.bool or finite.numel() != 1 or finite.device != total.device):
+        raise ValueError(f"finite must be one bool on {total.device}, not {finite.dtype} {tuple(finite.shape)}.")
+    functions, target = _home(native, "total", total.device)
+    given = finite is not None
+    flag = finite if finite is not None else torch.empty((), dtype=torch.bool, device=total.device)
+    problem = native.GradientProblem(
+        sum=total.data_ptr(),
+        gradient=gradient.data_ptr(),
+        finite=flag.data_ptr(),
+        sum_type=sums[total.dtype],
+        gradient_type=gradients[gradient.dtype],
+        sizes=gradient.shape,
+        strides=gradient.stride(),
+        scale=scale,
+        finite_is_given=given,
+    )
+    functions.gradient_add(problem, *target)
+    return flag

@@ -289,6 +289,71 @@ def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.loraga.small_svd(core)
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# cholesky_inverse: what makes a tall block orthonormal, from its Gram matrix
+# ------------------------------------------------------------------------------------------------------------------
+_lib.define("cholesky_inverse(Tensor gram, float shift) -> Tensor")
+
+
+def _check_cholesky_inverse(gram: Tensor, shift: float) -> None:
+    if gram.dtype != torch.float64 or gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
+        raise _fail("cholesky_inverse", f"gram must be float64 (..., k, k), got {gram.dtype} {tuple(gram.shape)}")
+    if not 0 <= shift < float("inf"):
+        raise _fail("cholesky_inverse", f"shift must be finite and not negative, got {shift}")
+
+
+@torch.library.register_fake("loraga::cholesky_inverse", lib=_lib)
+def _(gram: Tensor, shift: float) -> Tensor:
+    _check_cholesky_inverse(gram, shift)
+    return torch.empty_like(gram, memory_format=torch.contiguous_format)
+
+
+def cholesky_inverse(gram: Tensor, shift: float = 0.0) -> Tensor:
+    """L⁻¹, lower triangular, with L Lᵀ = gram + shift · trace(gram) · I, for gram (..., k, k) float64.
+
+    Only the lower triangle is read. Where that sum is not positive definite or not finite, the result is NaN and there
+    is no error; nothing waits for the device.
+    """
+    _check_cholesky_inverse(gram, shift)
+    return torch.ops.loraga.cholesky_inverse(gram, shift)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# gradient_add_: one gradient that autograd formed onto a dense buffer
+# ------------------------------------------------------------------------------------------------------------------
+_lib.define("gradient_add_(Tensor(a!) total, Tensor gradient, float scale, Tensor? finite) -> Tensor")
+
+
+def _check_gradient_add(total: Tensor, gradient: Tensor, finite: Tensor | None) -> None:
+    if total.dtype not in (torch.float32, torch.bfloat16) or not total.is_contiguous():
+        raise _fail("gradient_add_", f"total must be contiguous and float32 or bfloat16, got {total.dtype}")
+    if gradient.dtype not in _FLOATS or gradient.numel() != total.numel():
+        raise _fail(
+            "gradient_add_",
+            f"gradient must be float32, bfloat16 or float16 with the {total.numel()} entries of total, got "
+            f"{gradient.dtype} {tuple(gradient.shape)}",
+        )
+    if finite is not None and (finite.dtype != torch.bool or finite.dim() != 0):
+        raise _fail("gradient_add_", f"finite must be a 0-dim bool, got {finite.dtype} {tuple(finite.shape)}")
+
+
+@torch.library.register_fake("loraga::gradient_add_", lib=_lib)
+def _(total: Tensor, gradient: Tensor, scale: float, finite: Tensor | None) -> Tensor:
+    _check_gradient_add(total, gradient, finite)
+    return total.new_empty((), dtype=torch.bool)
+
+
+def gradient_add_(total: Tensor, gradient: Tensor, scale: float = 1.0, finite: Tensor | None = None) -> Tensor:
+    """total += scale · gradient in place, unless the gradient holds a NaN or Inf; returns a 0-dim bool: was it added.
+
+    Entries are matched in row-major order of their indices, whatever the layout of the gradient in memory. The sum is
+    taken in float32 and rounded to nearest once, when it is stored. `finite`, a 0-dim bool, decides instead where it is
+    given: for a part of a gradient of which the whole has been looked at. Nothing waits for the device.
+    """
+    _check_gradient_add(total, gradient, finite)
+    return torch.ops.loraga.gradient_add_(total, gradient, scale, finite)
+
+
 def implement(op: str, key: str) -> Callable[[F], F]:
     """Register the decorated function as the implementation of `op` for the dispatch key `key`."""
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from loraga import recipes
+from loraga import recipes, summary
 from loraga.config import InitConfig
-from loraga.estimation import Estimation, LossFn, estimate
+from loraga.estimation import LossFn, estimate
 from loraga.factors import Factors
 from loraga.integrations import peft as adapters
-from loraga.linalg import seed_of, truncated_svd
-from loraga.offsets import AdapterSlot
+from loraga.linalg import seed_of
 from loraga.quiet import rng_untouched
-from loraga.report import INITIALISED, ORDINARY, InitReport, LayerReport, effective_rank
+from loraga.report import INITIALISED
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -103,16 +102,16 @@ def fast_init(
                     seed=seed,
                     show_progress_bar=show_progress_bar,
                 )
-            report = _report(slots, unsupported, estimation, init, seed)
+            report = summary.report_of(slots, unsupported, estimation, init, seed)
             began = time.perf_counter()
             starts = {
-                layer.name: _start(slot, estimation.estimates[layer.name].factors, init, seed)
+                layer.name: adapters.start_of(slot, estimation.estimates[layer.name].factors, init, seed)
                 for slot, layer in zip(slots, report.layers, strict=False)
                 if layer.status == INITIALISED
             }
             if not starts:
                 raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")
-            _warn_about_ordinary(report)  # before anything is written: a warning may be made an error
+            summary.warn_about(report, stacklevel=3)  # before anything is written: a warning may be made an error
             adapters.write_start(peft_model, adapter_name, starts, init.offset)
             report.seconds["adapter"] = time.perf_counter() - began
     except BaseException:
@@ -141,9 +140,12 @@ def estimate_factors(
         model (`nn.Module`): a plain model or a `PeftModel` (its adapters are switched off meanwhile).
         loader (iterable): of batches, see [`fast_init`].
         target_modules (`str` or iterable of `str`, *optional*): in every form PEFT takes: a list of names or suffixes,
-            a regular expression, `"all-linear"`, or `None` for PEFT's defaults for the architecture.
+            a regular expression, `"all-linear"`, or `None` for PEFT's defaults for the architecture. Convolutions,
+            embeddings and other layers with a `weight` of two or more dimensions are targets too where they are named:
+            autograd forms their gradient, which is added to a dense buffer and freed at once.
         rank (`int`): triplets per layer; LoRA-GA at rank r needs 2r.
-        estimator (`str`): `"streaming"` or `"dense"`.
+        estimator (`str`): `"streaming"` or `"dense"`; layers that are not linear have dense buffers with both (float32
+            with `"streaming"`).
         loss_fn, max_batches, seed, show_progress_bar: as in [`fast_init`].
 
     Returns:
@@ -158,10 +160,11 @@ def estimate_factors(
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank={rank!r} must be a whole number of at least 1.")
     targets = adapters.find_target_names(model, target_modules)
+    linear = {name: module for name, module in targets.items() if adapters.is_linear_like(module)}
     with rng_untouched(), adapters.adapters_disabled(model):
         estimation = estimate(
             model,
-            targets,
+            linear,
             dict.fromkeys(targets, rank),
             loader,
             init,
@@ -169,14 +172,15 @@ def estimate_factors(
             max_batches=max_batches,
             seed=seed,
             show_progress_bar=show_progress_bar,
+            whole={name: module for name, module in targets.items() if name not in linear},
         )
-    unseen = {name: reason for name in targets if (reason := _why_unseen(name, estimation))}
+    unseen = {name: reason for name in targets if (reason := summary.why_unseen(name, estimation))}
     if unseen:
-        listed = _listed([f"{name} ({reason})" for name, reason in unseen.items()])
+        listed = summary.listed([f"{name} ({reason})" for name, reason in unseen.items()])
         warnings.warn(f"These layers are left out of the result: {listed}.", stacklevel=2)
     if estimation.skipped_batches:
-        layers = _listed([name for name, count in estimation.skipped.items() if count])
-        warnings.warn(_skipped(estimation) + f" at {layers}.", stacklevel=2)
+        layers = summary.listed([name for name, count in estimation.skipped.items() if count])
+        warnings.warn(summary.skipped(estimation) + f" at {layers}.", stacklevel=2)
     return {name: result.factors for name, result in estimation.estimates.items() if name not in unseen}
 
 
@@ -193,76 +197,3 @@ def _inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str,
     with rng_untouched():
         torch.random.default_generator.manual_seed(seed_of(seed, adapter_name))
         return adapters.inject(model, lora_config, adapter_name)
-
-
-def _start(slot: AdapterSlot, factors: Factors, init: InitConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """A0 (r, n) and B0 (m, r) of one layer."""
-    sigma = None
-    if init.method == "lora-ga" and init.scale == "weight-svd":
-        sigma = truncated_svd(adapters.base_weight(slot), slot.rank, seed=seed_of(seed, slot.name)).S
-    return recipes.start(factors, slot.rank, init, scaling=slot.scaling, name=slot.name, seed=seed, weight_sigma=sigma)
-
-
-def _report(
-    slots: list[AdapterSlot], unsupported: Mapping[str, str], estimation: Estimation, init: InitConfig, seed: int
-) -> InitReport:
-    layers = [_layer_report(slot, estimation) for slot in slots]
-    layers += [LayerReport(name, (0, 0), 0, ORDINARY, reason) for name, reason in unsupported.items()]
-    return InitReport(
-        layers=layers,
-        config=init.to_dict(),
-        seconds=estimation.seconds,
-        state_bytes=estimation.state_bytes,
-        micro_batches=estimation.micro_batches,
-        skipped_batches=estimation.skipped_batches,
-        seed=seed,
-    )
-
-
-def _why_unseen(name: str, estimation: Estimation) -> str:
-    """Why nothing is known of a layer's gradient, or an empty string."""
-    if name not in estimation.estimates:
-        # under reentrant checkpointing a block runs without gradients first, and only then if its input needs one
-        return "called, but no gradient reached it" if name in estimation.called else "never called with gradients on"
-    return "every micro-batch had NaN or Inf" if estimation.skipped[name] == estimation.updates[name] else ""
-
-
-def _layer_report(slot: AdapterSlot, estimation: Estimation) -> LayerReport:
-    reason = _why_unseen(slot.name, estimation)
-    found = estimation.estimates.get(slot.name)
-    if found is None:
-        return LayerReport(slot.name, slot.shape, slot.rank, ORDINARY, reason)
-    spectrum = found.factors.S.tolist()
-    updates, skipped = estimation.updates[slot.name], estimation.skipped[slot.name]
-    if not reason and not spectrum[0] > 0:
-        reason = "gradient is zero"
-    captured = sum((s / spectrum[0]) ** 2 for s in spectrum) / (found.energy / spectrum[0] ** 2) if not reason else None
-    return LayerReport(
-        name=slot.name,
-        shape=slot.shape,
-        rank=slot.rank,
-        status=ORDINARY if reason else INITIALISED,
-        reason=reason,
-        spectrum=spectrum,
-        captured_energy=captured,
-        effective_rank=effective_rank(spectrum),
-        updates=updates - skipped,
-        skipped=skipped,
-    )
-
-
-def _warn_about_ordinary(report: InitReport) -> None:
-    if report.ordinary:
-        listed = _listed([f"{layer.name} ({layer.reason})" for layer in report.ordinary])
-        warnings.warn(f"These layers keep an ordinary LoRA start: {listed}.", stacklevel=3)
-    if report.skipped_batches:
-        warnings.warn(_skipped(report) + "; loraga_report says at which layers.", stacklevel=3)
-
-
-def _skipped(seen: Estimation | InitReport) -> str:
-    return f"{seen.skipped_batches} of {seen.micro_batches} micro-batches gave NaN or Inf and were left out"
-
-
-def _listed(names: list[str], most: int = 10) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

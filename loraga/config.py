@@ -29,6 +29,14 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} must be finite and above 0.")
 
 
+def check_whole(name: str, value: object) -> None:
+    """Raise unless `value` is a whole number above zero."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number above 0, not {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name}={value!r} must be at least 1.")
+
+
 def _offset_of(method: str, offset: str | None) -> str:
     return offset if offset is not None else "none" if method == "lora-one" else "anchor"
 
@@ -53,7 +61,10 @@ class InitConfig:
         buffer_dtype (`str`): of the dense buffers: `"bfloat16"`, `"float32"`, or `"auto"` (bfloat16 up to 256
             micro-batches, where rounding stays below the sampling noise; float32 beyond or where their number
             is not known).
-        buffer_device (`str`): where dense buffers live: `"model"` (beside the layer) or `"cpu"`.
+        buffer_device (`str`): where dense buffers live: `"model"` (beside the layer) or `"cpu"` (pinned memory;
+            on the layer's device only `staging_bytes` are held).
+        staging_bytes (`int`): of device memory through which buffers with `buffer_device="cpu"` are summed; a third of
+            it must hold a row of the widest buffer. 256 MiB unless given.
 
     Raises:
         ValueError: an option has an unknown value or does not go with `method`; the message lists what is allowed.
@@ -69,6 +80,7 @@ class InitConfig:
     estimator: str = "streaming"
     buffer_dtype: str = "auto"
     buffer_device: str = "model"
+    staging_bytes: int = 2**28
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
@@ -79,6 +91,7 @@ class InitConfig:
         check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("buffer_dtype", self.buffer_dtype, BUFFER_DTYPES)
         check_choice("buffer_device", self.buffer_device, BUFFER_DEVICES)
+        check_whole("staging_bytes", self.staging_bytes)
         object.__setattr__(self, "offset", _offset_of(self.method, self.offset))
         check_choice("offset", self.offset, OFFSETS)
         if self.method == "lora-one":

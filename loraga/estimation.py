@@ -18,9 +18,10 @@ from torch.nn.utils.rnn import PackedSequence
 from tqdm.auto import tqdm
 
 from loraga.config import InitConfig
-from loraga.estimators import Dense, Estimate, Estimator, LayerSpec, Streaming, finish
+from loraga.estimators import Dense, Estimate, Estimator, LayerSpec, StagingRing, Streaming, finish
 from loraga.linalg import seed_of
-from loraga.quiet import quiet
+from loraga.quiet import kept, quiet
+from loraga.sink import GradientSink, own_weights
 from loraga.taps import Taps
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -59,35 +60,85 @@ def estimate(
     max_batches: int | None,
     seed: int,
     show_progress_bar: bool,
+    whole: Mapping[str, nn.Module] | None = None,
 ) -> Estimation:
     """Factors of the mean gradient of every target, `ranks[name]` triplets each. `model` is left as it was.
+
+    `targets` are linear layers, whose gradient is a product that a tap sees. The gradient of the `weight` of the layers
+    in `whole` (`loraga.sink.weight_matrix`) is formed by autograd and summed in a dense buffer, also with
+    `config.estimator="streaming"` (float32 then): m is its first size, n all others together.
 
     Raises:
         ValueError: no batch came, a batch has no usable loss, no target saw a gradient, or every batch had NaN or Inf.
         TypeError: a batch is no mapping and there is no `loss_fn`.
     """
     total = _count(loader, max_batches)
+    whole = whole or {}
     collector = _Collector(ranks, config, total, seed)
-    collector.prepare(targets)
     device = _input_device(model)
     started = time.perf_counter()
-    batches = 0
-    with quiet(model), Taps(targets, collector.sink) as taps:
+    with (
+        collector,
+        quiet(model),
+        own_weights(whole) as weights,
+        GradientSink(weights, collector.take),
+        Taps(targets, collector.sink, whole) as taps,
+    ):
+        collector.prepare(targets, weights)
         bar = tqdm(total=total, desc="loraga: gradients", unit="batch", disable=not show_progress_bar)
         with bar:
             for index, batch in enumerate(itertools.islice(loader, max_batches)):
                 batch = _move(batch, device)
                 collector.absorb(partial(_loss, model, batch, loss_fn, index), taps)
-                batches += 1
                 bar.update()
-    if batches == 0:
+    if collector.micro_batches == 0:
         raise ValueError("The loader gave no batch; loraga needs at least one to see a gradient.")
-    estimators = {name: collector.estimators[name] for name in targets if name in collector.updates}
+    return _conclude(collector, ranks, taps.called, started, show_progress_bar)
+
+
+def estimate_step(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    ranks: Mapping[str, int],
+    step: Callable[[], Any],
+    config: InitConfig,
+    *,
+    seed: int,
+) -> Estimation:
+    """As `estimate`, of a callback that runs forward and backward itself, as often as it likes.
+
+    Every backward call is one micro-batch. `step` finds the model as `quiet` leaves it (no dropout, nothing to train,
+    so backward computes no weight gradient) and no gradient at any parameter; it may change modes and clear or clip
+    gradients. All of that is put back. float16 losses go backward as `step` scales them.
+
+    Raises:
+        ValueError: `step` ran no backward that reached a target, or all of them had NaN or Inf.
+    """
+    collector = _Collector(ranks, config, None, seed)
+    started = time.perf_counter()
+    with (
+        collector,
+        kept(model),
+        quiet(model),
+        Taps(targets, collector.sink, on_backward=collector.next_micro_batch) as taps,
+    ):
+        collector.prepare(targets, {})
+        step()
+    collector.next_micro_batch()
+    return _conclude(collector, ranks, taps.called, started, show_progress_bar=False)
+
+
+def _conclude(
+    collector: _Collector, ranks: Mapping[str, int], called: set[str], started: float, show_progress_bar: bool
+) -> Estimation:
+    """Factors of what was collected since `started`."""
+    batches = collector.micro_batches
+    estimators = {name: collector.estimators[name] for name in ranks if name in collector.updates}
     if not estimators:
         raise ValueError(
-            f"None of the {len(targets)} target layers saw a gradient: "
-            + ("none was called by the forward pass." if not taps.called else "the loss does not depend on them.")
-            + " Check target_modules and loss_fn."
+            f"None of the {len(ranks)} target layers saw a gradient: "
+            + ("none was called by the forward pass." if not called else "the loss does not depend on them.")
+            + " Check target_modules and the loss."
         )
     skipped_batches = collector.skipped_batches()
     if skipped_batches == batches and not collector.any_kept():
@@ -95,13 +146,13 @@ def estimate(
             f"All {batches} micro-batches gave NaN or Inf gradients, so there is nothing to start from; check the "
             "loss, the data and the dtype (float16 overflows easily, bfloat16 does not)."
         )
-    state_bytes = sum(e.state_bytes for e in collector.estimators.values())
+    state_bytes = sum(e.state_bytes for e in collector.estimators.values()) + collector.staging_bytes
     updates = collector.updates
     skipped = {name: int(count) for name, count in collector.skipped.items()}
     observed = time.perf_counter()
     # each micro-batch weighs the same, left out ones nothing
-    kept = {name: batches * (1 - skipped[name] / updates[name]) for name in estimators}
-    divisors = {name: max(count, 1.0) * (collector.loss_scale or 1.0) for name, count in kept.items()}
+    summed = {name: batches * (1 - skipped[name] / updates[name]) for name in estimators}
+    divisors = {name: max(count, 1.0) * (collector.loss_scale or 1.0) for name, count in summed.items()}
     bar = tqdm(total=len(estimators), desc="loraga: factors", unit="layer", disable=not show_progress_bar)
     with bar:
         estimates = finish(estimators, divisors, bar.update)
@@ -109,7 +160,7 @@ def estimate(
         estimates,
         dict(updates),
         skipped,
-        taps.called,
+        called,
         batches,
         skipped_batches,
         state_bytes,
@@ -131,17 +182,39 @@ class _Collector:
         self._summed: set[tuple[str, int]] = set()
         self._weight = 1.0
         self._finite: list[dict[torch.device, Tensor]] = []
+        self._rings: dict[torch.device, StagingRing] = {}
+        self.staging_bytes = 0
 
-    def sink(self, name: str, x: Tensor, dy: Tensor) -> None:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        for ring in self._rings.values():  # whatever happened: nothing may be on its way when the memory goes
+            ring.close()
+
+    def _next_call(self, name: str) -> tuple[str, int] | None:
+        """A key for this call of a layer in this micro-batch; None where an earlier try has summed it."""
         key = (name, self._calls[name])
         self._calls[name] += 1
-        if key in self._summed:
+        return None if key in self._summed else key
+
+    def sink(self, name: str, x: Tensor, dy: Tensor) -> None:
+        key = self._next_call(name)
+        if key is None:
             return
         if name not in self.estimators:
             self.estimators[name] = self._make(name, dy.shape[1], x.shape[1], dy.device)
         self._flags[key] = self.estimators[name].update(x, dy, self._weight)
 
-    def prepare(self, targets: Mapping[str, nn.Module]) -> None:
+    def take(self, name: str, gradient: Tensor) -> None:
+        """A whole gradient, as `GradientSink` hands it over."""
+        key = self._next_call(name)
+        if key is not None:
+            estimator = self.estimators[name]
+            assert isinstance(estimator, Dense)  # `prepare` made it
+            self._flags[key] = estimator.add(gradient, self._weight)
+
+    def prepare(self, targets: Mapping[str, nn.Module], whole: Mapping[str, nn.Parameter]) -> None:
         """Make the estimators of layers whose shape and device are known before the first batch.
 
         State that is allocated amid the activations of a backward pass keeps their freed memory from being reused in
@@ -151,8 +224,11 @@ class _Collector:
             weight = getattr(module, "weight", None)
             if type(module) is nn.Linear and isinstance(weight, Tensor) and weight.dim() == 2 and not weight.is_meta:
                 self.estimators[name] = self._make(name, weight.shape[0], weight.shape[1], weight.device)
+        for name, parameter in whole.items():
+            m, n = parameter.flatten(1).shape
+            self.estimators[name] = self._make(name, m, n, parameter.device, whole=True)
 
-    def _make(self, name: str, m: int, n: int, device: torch.device) -> Estimator:
+    def _make(self, name: str, m: int, n: int, device: torch.device, whole: bool = False) -> Estimator:
         rank = self._ranks[name]
         if rank > min(m, n):
             raise ValueError(
@@ -160,17 +236,25 @@ class _Collector:
                 f"and rank={rank} were asked for; lower the rank or leave the layer out."
             )
         spec = LayerSpec(name, m, n, rank, seed_of(self._seed, name), device)
-        if self._config.estimator == "streaming":
+        if self._config.estimator == "streaming" and not whole:
             return Streaming(spec, self._micro_batches) if Streaming.pays(spec) else Dense(spec)
         dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(self._config.buffer_dtype)
         if dtype is None:
             few = self._micro_batches is not None and self._micro_batches <= _BFLOAT16_LIMIT
-            dtype = torch.bfloat16 if few else torch.float32
-        return Dense(spec, dtype, host=self._config.buffer_device == "cpu")
+            dtype = torch.bfloat16 if few and self._config.estimator == "dense" else torch.float32
+        return Dense(spec, dtype, self._ring(device))
+
+    def _ring(self, device: torch.device) -> StagingRing | None:
+        if self._config.buffer_device != "cpu" or device.type != "cuda":
+            return None
+        if device not in self._rings:
+            self._rings[device] = StagingRing(device, self._config.staging_bytes)
+            self.staging_bytes += self._rings[device].device_bytes
+        return self._rings[device]
 
     def absorb(self, loss_of: Callable[[], Tensor], taps: Taps) -> None:
         """One micro-batch: forward, backward, and every target's update on the way."""
-        self._flags, self._summed = {}, set()
+        self._summed = set()
         loss = loss_of()
         if self._flags:
             raise ValueError("loss_fn ran backward itself; let it return the loss, and loraga runs backward.")
@@ -178,16 +262,28 @@ class _Collector:
             self._backward_float16(loss, loss_of, taps)
         else:
             self._backward(loss, taps)
+        self._close_micro_batch()
+
+    def next_micro_batch(self) -> None:
+        """What was seen since the last call was one micro-batch; nothing was none."""
+        if self._flags:
+            self._close_micro_batch()
+
+    def _close_micro_batch(self) -> None:
         finite: dict[torch.device, Tensor] = {}
         for (name, _), flag in self._flags.items():
             self.updates[name] += 1
             self.skipped[name] = self.skipped[name] + ~flag if name in self.skipped else (~flag).long()
             finite[flag.device] = finite[flag.device] & flag if flag.device in finite else flag
         self._finite.append(finite)
+        self._flags.clear()
+        self._calls.clear()
 
     def _backward(self, loss: Tensor, taps: Taps) -> None:
         self._calls.clear()
         taps.backward(loss)
+        for ring in self._rings.values():  # the caller may write anew into what the layers were fed
+            ring.join()
 
     def _backward_float16(self, loss: Tensor, loss_of: Callable[[], Tensor], taps: Taps) -> None:
         """Backward of a scaled loss, so that small gradients do not vanish, and again smaller where they overflow.
@@ -209,6 +305,11 @@ class _Collector:
             if len(self._summed) == len(self._flags) or not usable:
                 break
             scale *= _FLOAT16_BACKOFF
+
+    @property
+    def micro_batches(self) -> int:
+        """How many there were."""
+        return len(self._finite)
 
     def skipped_batches(self) -> int:
         """Micro-batches in which some layer met NaN or Inf."""

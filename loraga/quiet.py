@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraga.snapshot import tensors
+
 
 @contextmanager
 def rng_untouched() -> Iterator[None]:
@@ -61,6 +63,21 @@ def quiet(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
+        yield
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Put `.grad`, `requires_grad` and buffers back on leaving, whatever code of the caller's does to them.
+
+    Meanwhile no parameter has a gradient, so that clearing or clipping them touches none of the caller's.
+    """
+    with ExitStack() as undo:
+        undo.callback(tensors(model.buffers()))
+        for parameter in model.parameters():
+            undo.callback(setattr, parameter, "grad", parameter.grad)
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.grad = None
         yield
 
 

@@ -134,7 +134,7 @@ class InitReport:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON. The file appears whole or not at all; missing folders are made."""
-        with _written_whole(path) as temporary:
+        with written_whole(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -257,13 +257,13 @@ class InitReport:
         title = f"{self.config.get('method', 'loraga')}: {done} from {self.micro_batches} micro-batches"
         figure = draw(self.layers, title)
         if path is not None:
-            with _written_whole(path) as temporary:
+            with written_whole(path) as temporary:
                 figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=150)
         return figure
 
 
 @contextmanager
-def _written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it at the end, or removed on failure."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

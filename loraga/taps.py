@@ -19,9 +19,10 @@ Sink = Callable[[str, Tensor, Tensor], None]
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, root: Tensor | None, name: str, sink: Sink) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, root: Tensor | None, name: str, taps: Taps) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.name, ctx.sink = name, sink
+        ctx.name, ctx.taps = name, taps
+        ctx.within = torch._C._current_graph_task_id()  # the backward that recomputes a checkpoint, else -1
         # An in-place op behind the layer must find a tensor it may write to, so the result may not be a view in
         # autograd's eyes. y itself, marked dirty, is that tensor, except where y is a view already: writing to one
         # costs a copy of its base's gradient, and an alias without view bookkeeping does not.
@@ -35,7 +36,9 @@ class _Tap(torch.autograd.Function):
         (dy,) = grads
         (x,) = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            ctx.sink(ctx.name, *_matrices(x, dy))
+            # reentrant checkpointing runs backward inside backward: the outer one is what the caller asked for
+            ctx.taps.enter_backward(ctx.within if ctx.within >= 0 else torch._C._current_graph_task_id())
+            ctx.taps.sink(ctx.name, *_matrices(x, dy))
         return dy, None, None, None, None
 
 
@@ -57,15 +60,27 @@ class Taps:
     Args:
         targets (mapping of `str` to `nn.Module`): the layers; each takes x (..., n) and returns y (..., m).
         sink (callable): called as sink(name, x, dy) with x (T, n), dy (T, m) once per call of a layer, during backward.
+        watched (mapping of `str` to `nn.Module`, *optional*): further layers, which get no tap: `backward` reaches the
+            `weight` of each, so that a `GradientSink` sees its gradient.
+        on_backward (callable, *optional*): called before the first `sink` of every backward call.
 
     Attributes:
-        called (`set` of `str`): targets whose forward ran with gradients enabled.
-        saw_float16 (`bool`): a target multiplied in float16, whose small gradients vanish unless the loss is scaled.
+        called (`set` of `str`): layers whose forward ran with gradients enabled.
+        saw_float16 (`bool`): a layer multiplied in float16, whose small gradients vanish unless the loss is scaled.
     """
 
-    def __init__(self, targets: Mapping[str, nn.Module], sink: Sink) -> None:
+    def __init__(
+        self,
+        targets: Mapping[str, nn.Module],
+        sink: Sink,
+        watched: Mapping[str, nn.Module] | None = None,
+        on_backward: Callable[[], None] | None = None,
+    ) -> None:
         self._targets = targets
-        self._sink = sink
+        self.sink = sink
+        self._watched = watched or {}
+        self._on_backward = on_backward
+        self._backward_id = -1
         self._handles: list[Any] = []
         self._roots: dict[torch.device, Tensor] = {}
         self._reentrant = False
@@ -76,6 +91,8 @@ class Taps:
         try:
             for name, module in self._targets.items():
                 self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+            for name, module in self._watched.items():
+                self._handles.append(module.register_forward_hook(self._note(name)))
         except BaseException:
             self._remove()
             raise
@@ -90,10 +107,18 @@ class Taps:
 
     def backward(self, loss: Tensor) -> None:
         """Backward of `loss` as far as taps need it: no `.grad` of the model or of the caller's tensors is touched."""
-        if self._reentrant or not self._roots:  # reentrant checkpointing refuses named inputs
+        inputs = [*self._roots.values(), *(module.get_parameter("weight") for module in self._watched.values())]
+        if self._reentrant or not inputs:  # reentrant checkpointing refuses named inputs
             loss.backward()
         else:
-            torch.autograd.backward(loss, inputs=list(self._roots.values()))
+            torch.autograd.backward(loss, inputs=inputs)
+
+    def enter_backward(self, number: int) -> None:
+        """A tap was reached by the backward call of this number, as autograd counts them."""
+        if number != self._backward_id:
+            self._backward_id = number
+            if self._on_backward is not None:
+                self._on_backward()
 
     def _hook(self, name: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict, y: Any) -> Tensor | None:
@@ -108,7 +133,17 @@ class Taps:
                 )
             self.called.add(name)
             self.saw_float16 |= y.dtype == torch.float16
-            return _Tap.apply(y, x, self._root(y.device), name, self._sink)
+            return _Tap.apply(y, x, self._root(y.device), name, self)
+
+        return hook
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, y: Any) -> None:
+            if not torch.is_grad_enabled():
+                self._reentrant = True
+                return
+            self.called.add(name)
+            self.saw_float16 |= torch.float16 in (getattr(y, "dtype", None), module.get_parameter("weight").dtype)
 
         return hook
 

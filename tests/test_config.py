@@ -96,3 +96,12 @@ def test_triplets():
 def test_to_dict_makes_the_same_config_again():
     config = InitConfig(direction="random", scale="gd", stable_gamma=64, estimator="dense")
     assert InitConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-5, ValueError), (1e6, TypeError), (True, TypeError), ("1M", TypeError)]
+)
+def test_staging_bytes_is_a_whole_number_above_zero(value, error):
+    with pytest.raises(error, match="staging_bytes"):
+        InitConfig(staging_bytes=value)
+    assert InitConfig(staging_bytes=2**20).staging_bytes == 2**20

@@ -1135,7 +1135,7 @@ def test_quantized_base():
     reference = model(x).detach()
     peft_model = adapters.inject(copy.deepcopy(model), config(target_modules=["0", "1"]), "default")
     first, second = adapters.find_slots(peft_model, "default")[0]
-    assert not adapters.quantized(first) and adapters.quantized(second)
+    assert not adapters.quantized(first.base_layer) and adapters.quantized(second.base_layer)
     starts = {s.name: (torch.randn(3, s.shape[1]), torch.randn(s.shape[0], 3)) for s in (first, second)}
     before = fingerprint(peft_model)
     with pytest.raises(ValueError, match=r"quantized weight of '1' .IntegerLinear.*'anchor' or 'zero-b'"):

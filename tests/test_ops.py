@@ -60,6 +60,9 @@ def tall(kind: str, m: int, k: int) -> torch.Tensor:
         ("subspace", lambda: (torch.randn(2, 9, 7), 4, 1, [1, 2])),
         ("subspace", lambda: (torch.randn(2, 7, 9).bfloat16().mT, 4, 1, [1, 2])),
         ("small_svd", lambda: (torch.randn(2, 4, 4),)),
+        ("cholesky_inverse", lambda: (torch.eye(4, dtype=torch.float64).repeat(2, 1, 1), 1e-3)),
+        ("gradient_add_", lambda: (torch.zeros(6, 4), torch.randn(6, 2, 2), 0.5, None)),
+        ("gradient_add_", lambda: (torch.zeros(6, 4), torch.randn(6, 2, 2), 0.5, torch.tensor(False))),
     ],
 )
 def test_registration(op, args):
@@ -102,6 +105,12 @@ def test_registration(op, args):
         (lambda: _ops.subspace(torch.randn(1, 5, 4), 5, 1, [0]), "min"),
         (lambda: _ops.subspace(torch.randn(2, 5, 4), 2, 1, [0]), "2 seeds"),
         (lambda: _ops.small_svd(torch.randn(3, 4)), "k, k"),
+        (lambda: _ops.cholesky_inverse(torch.eye(3)), "float64"),
+        (lambda: _ops.cholesky_inverse(torch.eye(3).double(), -1.0), "shift must be finite and not negative, got -1"),
+        (lambda: _ops.gradient_add_(torch.zeros(2).half(), torch.zeros(2)), "float32 or bfloat16, got torch.float16"),
+        (lambda: _ops.gradient_add_(torch.zeros(4, 2).T, torch.zeros(2, 4)), "total must be contiguous"),
+        (lambda: _ops.gradient_add_(torch.zeros(4), torch.zeros(2, 3)), r"the 4 entries of total, got .* \(2, 3\)"),
+        (lambda: _ops.gradient_add_(torch.zeros(4), torch.zeros(4), 1.0, torch.ones(1)), "0-dim bool"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):
@@ -305,3 +314,41 @@ def test_small_svd_of_nan_neither_raises_nor_looks_sound():
     core[0, 1, 1] = float("nan")
     _, s, _ = _ops.small_svd(core)
     assert s[0].isnan().all() and s[1].isfinite().all()
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e10])
+@pytest.mark.parametrize("k", [1, 7, 80])
+def test_cholesky_inverse(k, condition):
+    q = torch.linalg.qr(torch.randn(3, k, k, dtype=torch.float64)).Q
+    gram = (q * torch.logspace(0, -1, k, base=condition, dtype=torch.float64)) @ q.mT
+    inverse = _ops.cholesky_inverse(gram, 1e-12)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    eye = torch.eye(k, dtype=torch.float64)
+    assert torch.equal(inverse, inverse.tril())
+    assert (inverse @ (gram + 1e-12 * trace * eye) @ inverse.mT - eye).abs().max() < 1e-13 * k * condition
+
+
+def test_cholesky_inverse_of_what_has_none_is_nan():
+    bad = torch.eye(4, dtype=torch.float64).repeat(5, 1, 1)
+    bad[1, 2, 2], bad[2, 0, 0], bad[3, 3, 0], bad[4, 0, 0] = -1.0, 0.0, torch.nan, torch.inf
+    inverse = _ops.cholesky_inverse(bad)
+    assert torch.equal(inverse[0], bad[0]) and inverse[1:].isnan().all()
+
+
+@pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(9, 700, 5, 17), (100_000, 3), (5,), (), (0, 4)])
+def test_gradient_add(shape, dtype, buffer):
+    gradient = torch.randn(shape).to(dtype)
+    if len(shape) == 4:
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+    total = torch.randn(gradient.numel()).to(buffer)
+    exact = total.double() + 0.25 * gradient.double().reshape(-1)
+    assert bool(_ops.gradient_add_(total, gradient, 0.25))
+    assert torch.equal(total, exact.float().to(buffer))
+    if gradient.numel():
+        before = total.clone()
+        (gradient if gradient.dim() else gradient[None])[..., -1:] = torch.inf
+        assert not bool(_ops.gradient_add_(total, gradient)) and torch.equal(total, before)
+        assert not bool(_ops.gradient_add_(total, torch.ones_like(gradient), 1.0, torch.tensor(False)))
+        assert torch.equal(total, before)

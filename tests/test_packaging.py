@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -52,7 +54,7 @@ def test_torch_is_needed_to_run_but_not_to_build():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_core_knows_nothing_of_torch_and_only_the_bindings_know_python(path):
     included = re.findall(r"#include\s*[<\"]([^>\"]+)", path.read_text())
-    assert included or path.name == "exports.map"
+    assert included or path.name == "portable.hpp"
     assert not [name for name in included if name.startswith(("torch/", "ATen/", "c10/"))]
     if path.name != "bindings.cpp":
         assert not [name for name in included if name.startswith("pybind11/") or name == "Python.h"]
@@ -68,6 +70,7 @@ def test_build_info_says_what_was_built():
     info = _native.build_info()
     assert info["version"] == __version__
     assert re.match(r"(GNU|Clang|AppleClang) \d+", info["cxx_compiler"])
+    assert info["functions"] == "cholesky_inverse gradient_add jacobi_svd"
     assert bool(info["cuda"]) == bool(info["cuda_compiler"]) == bool(info["cuda_architectures"])
     if info["cuda"]:
         *native, newest = info["cuda_architectures"].split()
@@ -115,3 +118,61 @@ def test_a_host_only_build_says_so_for_cuda(monkeypatch, fresh_loader):
     monkeypatch.setattr(_native, "import_module", lambda name: host_only)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "built without CUDA" in _native.why_unavailable("cuda:0")
+
+
+def _can_build() -> str | None:
+    if not (ROOT / "csrc").is_dir():
+        return "this is an installed loraga without its sources"
+    missing = [name for name in ("pybind11", "setuptools", "wheel") if importlib.util.find_spec(name) is None]
+    missing += [name for name in ("cmake", "c++") if shutil.which(name, path=_build_path()) is None]
+    return f"a wheel cannot be built here without {', '.join(missing)}" if missing else None
+
+
+def _build_path() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+@pytest.mark.skipif(_can_build() is not None, reason=str(_can_build()))
+def test_the_wheel_works_where_there_is_no_compiler_and_no_source(tmp_path):
+    """Built without CUDA, for speed; the core's own tests then run against what was installed from it."""
+    source, site, tests = tmp_path / "source", tmp_path / "site", tmp_path / "tests"
+    source.mkdir()
+    for name in (
+        "loraga",
+        "csrc",
+        "setup.py",
+        "CMakeLists.txt",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "MANIFEST.in",
+    ):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(source)]
+    environment = {**os.environ, "PATH": _build_path(), "LORAGA_CUDA": "0", "LORAGA_NATIVE": "1"}
+    built = subprocess.run(build, capture_output=True, text=True, env=environment)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("loraga-*.whl")
+    install = [*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    assert subprocess.run(install, capture_output=True).returncode == 0
+    shutil.rmtree(source)
+
+    tests.mkdir()
+    for name in ("test_jacobi.py", "test_cholesky.py", "test_gradient.py", "test_backend.py"):
+        shutil.copy(ROOT / "tests" / "native" / name, tests)
+    (tests / "test_where.py").write_text(
+        "import loraga\nfrom loraga import _native\n"
+        f"def test_where():\n    assert loraga.__file__.startswith({str(site)!r})\n"
+        "    assert not _native.build_info()['cuda'] and 'csrc' not in _native._core().__file__\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-c", os.devnull, "-p", "no:cacheprovider", str(tests)]
+    few = "test_where or batches or wrong_arguments or any_strides or status or zero_singular or native_answers"
+    bare = {**os.environ, "PATH": "", "PYTHONPATH": str(site)}
+    ran = subprocess.run([*command, "-k", few], capture_output=True, text=True, env=bare, cwd=tests)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for name in ("test_where", "test_jacobi", "test_cholesky", "test_gradient", "test_backend"):
+        assert re.search(rf"{name}\.py::\S+ PASSED", ran.stdout), ran.stdout

@@ -3,13 +3,10 @@
 // emulated threads (tests/native/emulation).
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include "block.cuh"
 #include "loraga/jacobi_steps.hpp"
 
 namespace loraga::cuda {
-
-constexpr int kMaxWarps = 32;
 
 // Threads of a block: a warp per pair, at most kMaxWarps, and no warp idles while another has one pair more.
 inline int block_threads(int k) {
@@ -23,13 +20,6 @@ struct Bookkeeping {
     double residual[kJacobiMaxK];
     double coefficients[kJacobiMaxK];
 };
-
-// The block's threads, and its lanes and warps.
-__device__ inline int thread_index() { return threadIdx.x; }
-__device__ inline int thread_count() { return blockDim.x; }
-__device__ inline int lane_index() { return threadIdx.x % kLanes; }
-__device__ inline int warp_index() { return threadIdx.x / kLanes; }
-__device__ inline int warp_count() { return blockDim.x / kLanes; }
 
 // Every lane gets the same bits: each step adds the same two numbers in both lanes of a pair.
 __device__ inline double sum_lanes(double value) {

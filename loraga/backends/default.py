@@ -20,7 +20,7 @@ _MASK = 0xFFFFFFFF
 
 # Added to every unit column before its Gram matrix is taken, as a share of it: large enough that a zero or dependent
 # column becomes a usable direction, far below what a sketch resolves.
-_JITTER = 1e-6
+JITTER = 1e-6
 
 
 def philox(counter: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,6 +103,23 @@ def accumulate_(g: Tensor, x: Tensor, dy: Tensor, scale: float) -> Tensor:
     return finite
 
 
+def directions(m: int, k: int, device: torch.device) -> Tensor:
+    """(m, k) float32: columns of the DCT, highest frequencies first: orthonormal, dense, like no gradient, no state.
+
+    Entry (i, j) is √(2/m) cos(2π (2i + 1) f / 4m), f = m - 1 - j. The angle is an integer in units of 2⁻³² turns:
+    whole turns fall away as products wrap, exactly and alike on every device, where a float32 angle of a long column
+    would keep no digit.
+    """
+    frequency = (torch.arange(m - 1, m - 1 - k, -1, device=device) * 2**30 // m).to(torch.int32)
+    odd = torch.arange(1, 2 * m, 2, dtype=torch.int32, device=device)
+    return (odd[:, None] * frequency).float().mul_(2 * math.pi / 2**32).cos_().mul_(math.sqrt(2 / m))
+
+
+def shifts(m: int, k: int, refine: bool) -> tuple[float, ...]:
+    """Of each pass of CholeskyQR over an (m, k) block, as shares of the trace of its Gram matrix."""
+    return (1e-15,) if not refine else (1e-15, 0.0) if m >= 1.5 * k else (1e-14, 1e-15, 0.0)
+
+
 @implement("orthonormalize", _KEY)
 def orthonormalize(y: Tensor, refine: bool) -> Tensor:
     """Column scaling, then CholeskyQR with Gram, factor and product in float64 (docs/numerics.md).
@@ -112,20 +129,12 @@ def orthonormalize(y: Tensor, refine: bool) -> Tensor:
     what rounding left. A square block can be worse conditioned than the jitter suggests and gets a third pass.
     """
     m, k = y.shape[-2:]
-    row, column = (torch.arange(length, dtype=torch.float32, device=y.device) for length in (m, k))
-    # columns of the DCT, the highest frequencies first: orthonormal, dense, like no gradient, and free of state
-    noise = ((math.pi / m) * (row + 0.5)[:, None] * (m - 1 - column)).cos_().mul_(math.sqrt(2 / m))
-    largest = y.abs().amax(dim=-2, keepdim=True)
-    a = y / torch.where(largest > 0, largest, 1.0)  # squares overflow and vanish no more
+    noise = directions(m, k, y.device)
+    a = y.double()  # squares neither overflow nor vanish
     norm = torch.linalg.vector_norm(a, dim=-2, keepdim=True)
-    a = torch.where(norm > 0, a / norm + _JITTER * noise, noise).double()
-    eye = torch.eye(k, dtype=a.dtype, device=a.device)
-    shifts = (1e-15,) if not refine else (1e-15, 0.0) if m >= 1.5 * k else (1e-14, 1e-15, 0.0)
-    for shift in shifts:
-        gram = a.mT @ a
-        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        lower = torch.linalg.cholesky_ex(gram + (shift * k) * mean * eye).L
-        a = a @ torch.linalg.solve_triangular(lower, eye, upper=False).mT
+    a = torch.where(norm > 0, a / norm + JITTER * noise, noise)
+    for shift in shifts(m, k, refine):
+        a = a @ _ops.cholesky_inverse(a.mT @ a, shift).mT
     return a.float()
 
 
@@ -182,3 +191,36 @@ def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(scaled.double())
     scale = torch.where(usable, largest, torch.where(largest == 0, 0.0, torch.nan))
     return u.float().contiguous(), (s * scale.squeeze(-1)).float(), vh.float().contiguous()
+
+
+@implement("cholesky_inverse", _KEY)
+def cholesky_inverse(gram: Tensor, shift: float) -> Tensor:
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    lower, info = torch.linalg.cholesky_ex(gram + shift * trace * eye)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    # LAPACK calls a NaN or Inf that comes up after the last pivot a success
+    usable = (info[..., None, None] == 0) & torch.isfinite(inverse).all(dim=(-2, -1), keepdim=True)
+    return torch.where(usable, inverse, torch.nan).contiguous()
+
+
+# Entries that the reference of gradient_add_ widens at a time: a whole gradient twice is what the op is there to avoid.
+_CHUNK = 2**18
+
+
+@implement("gradient_add_", _KEY)
+def gradient_add_(total: Tensor, gradient: Tensor, scale: float, finite: Tensor | None) -> Tensor:
+    added = torch.ones((), dtype=torch.bool, device=total.device) if finite is None else finite.clone()
+    if total.numel() == 0:
+        return added
+    gradient = torch.atleast_1d(gradient)
+    rows = gradient.shape[0]
+    step = max(1, _CHUNK * rows // total.numel())
+    parts = list(zip(total.view(rows, -1).split(step), gradient.split(step), strict=True))
+    if finite is None:
+        for _, part in parts:
+            added &= torch.isfinite(part).all()
+    for old, part in parts:
+        new = torch.add(old.float(), part.reshape(old.shape).float(), alpha=scale)
+        torch.where(added, new.to(old.dtype), old, out=old)
+    return added

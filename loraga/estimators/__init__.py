@@ -3,6 +3,17 @@
 from loraga.estimators.base import Estimate, Estimator, LayerSpec
 from loraga.estimators.dense import Dense
 from loraga.estimators.finishing import finish
+from loraga.estimators.staging import StagingRing
 from loraga.estimators.streaming import Streaming, power_steps, sketch_width
 
-__all__ = ["Dense", "Estimate", "Estimator", "LayerSpec", "Streaming", "finish", "power_steps", "sketch_width"]
+__all__ = [
+    "Dense",
+    "Estimate",
+    "Estimator",
+    "LayerSpec",
+    "StagingRing",
+    "Streaming",
+    "finish",
+    "power_steps",
+    "sketch_width",
+]

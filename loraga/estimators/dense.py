@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loraga import _ops
 from loraga.estimators.base import LayerSpec, stacked
+from loraga.estimators.staging import StagingRing
 from loraga.factors import Factors
 from loraga.linalg import truncated_svd
 
@@ -22,38 +23,73 @@ class Dense:
     Args:
         spec (`LayerSpec`): the layer.
         dtype (`torch.dtype`): of the buffer. bfloat16 rounds once per micro-batch: sound up to about 256 of them.
-        host (`bool`): keep the buffer in (pinned) host memory and fetch it for each update.
+        ring (`StagingRing`, *optional*): keep the buffer in host memory and sum through this ring of the device; left
+            out, the buffer is on the device.
+
+    Raises:
+        ValueError: the ring's blocks are too small for a row of the buffer.
     """
 
-    def __init__(self, spec: LayerSpec, dtype: torch.dtype = torch.float32, host: bool = False) -> None:
-        self._spec = spec
-        self._host = host and spec.device.type != "cpu"
-        self._g = torch.zeros(
-            spec.m, spec.n, dtype=dtype, device="cpu" if self._host else spec.device, pin_memory=self._host
-        )
+    def __init__(self, spec: LayerSpec, dtype: torch.dtype = torch.float32, ring: StagingRing | None = None) -> None:
+        self._spec, self._dtype = spec, dtype
+        if ring is None:
+            self._g = torch.zeros(spec.m, spec.n, dtype=dtype, device=spec.device)
+        else:
+            self._host = ring.matrix(spec.name, spec.m, spec.n, dtype)
+        self._ring = ring
 
     @property
     def kind(self) -> Hashable:
-        return Dense, self._g.dtype, self._spec.m, self._spec.n, self._spec.rank, self._spec.device
+        return Dense, self._dtype, self._spec.m, self._spec.n, self._spec.rank, self._spec.device
 
     @property
     def state_bytes(self) -> int:
-        return self._g.numel() * self._g.element_size()
+        g = self._g if self._ring is None else self._host.values
+        return g.numel() * g.element_size()
 
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
-        if self._host:
-            g = self._g.to(self._spec.device, non_blocking=True)
-            finite = _ops.accumulate_(g, x, dy, scale)
-            self._g.copy_(g, non_blocking=True)  # same stream as the next fetch, so the order is kept
-            return finite
-        return _ops.accumulate_(self._g, x, dy, scale)
+        if self._ring is None:
+            return _ops.accumulate_(self._g, x, dy, scale)
+        finite = torch.isfinite(x).all() & torch.isfinite(dy).all()
+        dy = torch.where(finite, dy, torch.nan)  # either every block of rows takes its part in or none does
+        self._ring.update(self._host, lambda g, rows: _ops.accumulate_(g, x, dy[:, rows], scale), keep=(x, dy))
+        return finite
+
+    def add(self, gradient: Tensor, scale: float = 1.0) -> Tensor:
+        """As `update`, for a gradient that autograd has formed: m n numbers, in any layout, read once.
+
+        Behind this call the caller's stream may use the gradient's memory anew.
+        """
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        if gradient.dtype == torch.float64:
+            gradient = gradient.float()
+        if self._ring is None:
+            return _ops.gradient_add_(self._g, gradient, scale)
+        low, high = torch.aminmax(gradient)  # NaN goes through; no temporary of the gradient's size
+        finite = torch.isfinite(low) & torch.isfinite(high)
+        self._ring.update(
+            self._host,
+            lambda g, rows: _ops.gradient_add_(g, gradient[rows], scale, finite),
+            keep=(gradient, finite),
+            wait=True,
+        )
+        return finite
+
+    def _taken(self) -> Tensor:
+        """The buffer, on its device and no longer held here."""
+        if self._ring is None:
+            g = self._g
+            del self._g
+        else:
+            g = self._ring.load(self._host)
+            del self._host
+        return g
 
     @staticmethod
     def finish(group: Sequence[Dense]) -> tuple[Factors, Tensor]:
         spec = group[0]._spec
-        g = stacked([estimator._g.to(spec.device, non_blocking=True) for estimator in group])
-        for estimator in group:
-            del estimator._g
+        g = stacked([estimator._taken() for estimator in group])
         factors = truncated_svd(g, spec.rank, seed=[estimator._spec.seed for estimator in group])
         # never below the factors' own energy, by the same sums
         return factors, torch.maximum(_energy(g, factors.S[:, 0]), factors.S.double().square().sum(-1))

@@ -98,7 +98,7 @@ def find_slots(peft_model: PeftModel, adapter_name: str) -> tuple[list[AdapterSl
         if reason is None and name.rpartition(".")[2] in tied:
             reason = "its adapter is tied to the embedding's"
         if reason is None:
-            slots.append(_slot(name, layer, adapter_name))
+            slots.append(slot_of(name, layer, adapter_name))
         else:
             unsupported[name] = reason
     return slots, unsupported
@@ -120,7 +120,8 @@ def _why_not(layer: LoraLayer, adapter_name: str) -> str | None:
     return None
 
 
-def _slot(name: str, layer: LoraLayer, adapter_name: str) -> AdapterSlot:
+def slot_of(name: str, layer: LoraLayer, adapter_name: str) -> AdapterSlot:
+    """One layer of an adapter, which must be linear-like."""
     lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     trained = lora_A.trained if isinstance(lora_A, TwoHalves) else lora_A.weight
     return AdapterSlot(
@@ -147,9 +148,8 @@ def ranks_and_alphas(peft_model: PeftModel, adapter_name: str, names: Iterable[s
     return found
 
 
-def quantized(slot: AdapterSlot) -> bool:
-    """Whether the target's weight is stored in a form that cannot simply be added to."""
-    base = slot.base_layer
+def quantized(base: nn.Module) -> bool:
+    """Whether a target's weight is stored in a form that cannot simply be added to."""
     weight = getattr(base, "weight", None)
     if not isinstance(weight, torch.Tensor) or any(hasattr(base, name) for name in ("qweight", "W_q", "quant_state")):
         return True

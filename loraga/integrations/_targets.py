@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,6 +15,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from transformers.pytorch_utils import Conv1D
 
+from loraga.sink import weight_matrix
 from loraga.snapshot import snapshot
 
 # module names inside a PeftModel start with this
@@ -30,7 +31,7 @@ def find_target_names(
     target_modules: str | Iterable[str] | None = "all-linear",
     exclude_modules: str | Iterable[str] | None = None,
 ) -> dict[str, nn.Module]:
-    """Linear-like modules of `model` that PEFT would adapt. The model is not changed.
+    """Modules of `model` that PEFT would adapt and whose gradient is a matrix. The model is not changed.
 
     Args:
         model (`nn.Module`): a plain model or a `PeftModel`.
@@ -40,22 +41,32 @@ def find_target_names(
 
     Returns:
         `dict[str, nn.Module]`: by module name in `model`, in the model's order. Where an adapter sits around the
-        module, the name is the adapter layer's and the module is the target inside it. What PEFT could adapt but is
-        not linear (embeddings, convolutions) is left out.
+        module, the name is the adapter layer's and the module is the target inside it: a linear layer
+        (`is_linear_like`) or another with a `loraga.sink.weight_matrix`, such as an embedding or a convolution.
 
     Raises:
-        ValueError: nothing linear matches, or PEFT has no default for this model type.
+        ValueError: no such module matches, or PEFT has no default for this model type.
         TypeError: the `PeftModel` is one of prompt learning.
     """
     config = LoraConfig(target_modules=_plain_targets(target_modules), exclude_modules=_plain_targets(exclude_modules))
     if isinstance(model, PeftModel) and any(other.is_prompt_learning for other in model.peft_config.values()):
         raise TypeError("This PeftModel learns a prompt, which cannot be switched off; pass model.get_base_model().")
     base, prefix = (model.base_model.model, INNER_PREFIX) if isinstance(model, PeftModel) else (model, "")
-    targets = {
-        prefix + name: _inner(module) for name, module in _matches(base, config) if is_linear_like(_inner(module))
-    }
+    targets = _find(base, config, lambda module: is_linear_like(module) or weight_matrix(module) is not None)
+    return {prefix + name: module for name, module in targets.items()}
+
+
+def find_targets(base: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """As `find_target_names`, of linear layers of a model that is no `PeftModel`."""
+    return _find(base, config, is_linear_like)
+
+
+def _find(base: nn.Module, config: LoraConfig, fits: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """The targets that fit; `config.target_modules` is spelled out on the way."""
+    asked = config.target_modules
+    targets = {name: _inner(module) for name, module in _matches(base, config) if fits(_inner(module))}
     if not targets:
-        raise ValueError(_nothing_found(base, config, target_modules))
+        raise ValueError(_nothing_found(base, config, asked))
     return targets
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from loraga import offsets
-from loraga.config import OFFSETS, check_choice
+from loraga import offsets, recipes
+from loraga.config import OFFSETS, InitConfig, check_choice
+from loraga.factors import Factors
 from loraga.integrations._config import TwoHalvesConfig, alpha_factor, double_rank, plain_start
 from loraga.integrations._slots import (
+    base_weight,
     check_adapter,
     check_not_merged,
     find_slots,
@@ -23,6 +25,7 @@ from loraga.integrations._slots import (
     ranks_and_alphas,
     short_name,
 )
+from loraga.linalg import seed_of, truncated_svd
 from loraga.offsets import AdapterSlot, AnchoredLinear, ShiftedLinear, TwoHalves
 from loraga.snapshot import structure, tensors
 
@@ -35,6 +38,14 @@ _WRITERS = {
     "none": offsets.write_none,
 }
 _KINDS: dict[str, type[TwoHalves]] = {"anchor": AnchoredLinear, "subtract": ShiftedLinear}
+
+
+def start_of(slot: AdapterSlot, factors: Factors, init: InitConfig, seed: int) -> Start:
+    """A0 (r, n) and B0 (m, r) of one layer; see `recipes.start`."""
+    sigma = None
+    if init.method == "lora-ga" and init.scale == "weight-svd":
+        sigma = truncated_svd(base_weight(slot), slot.rank, seed=seed_of(seed, slot.name)).S
+    return recipes.start(factors, slot.rank, init, scaling=slot.scaling, name=slot.name, seed=seed, weight_sigma=sigma)
 
 
 def write_start(peft_model: PeftModel, adapter_name: str, starts: Mapping[str, Start], offset: str) -> None:
@@ -168,30 +179,37 @@ def check_offset(peft_model: PeftModel, adapter_name: str, offset: str) -> None:
     """
     check_choice("offset", offset, OFFSETS)
     if offset == "subtract":
-        _check_subtractable(peft_model, adapter_name, find_slots(peft_model, adapter_name)[0])
+        check_alone(peft_model.peft_config, adapter_name)
+        slots, _ = find_slots(peft_model, adapter_name)
+        check_subtractable(peft_model, {slot.name: slot.base_layer for slot in slots})
 
 
-def _check_subtractable(peft_model: PeftModel, adapter_name: str, slots: list[AdapterSlot]) -> None:
-    others = [name for name in peft_model.peft_config if name != adapter_name]
+def check_alone(adapter_names: Iterable[str], adapter_name: str) -> None:
+    """Raise `ValueError` if `"subtract"` for one adapter would change what another computes."""
+    others = [name for name in adapter_names if name != adapter_name]
     if others:
         raise ValueError(
             f"offset='subtract' changes the base weights, and with them what adapter {others[0]!r} beside "
             f"{adapter_name!r} computes. Use offset='anchor' or 'zero-b', which leave the base as it is."
         )
-    for slot in slots:
-        if quantized(slot):
+
+
+def check_subtractable(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Raise `ValueError` unless the weight of every target can be added to without changing anything else."""
+    for name, module in targets.items():
+        if quantized(module):
             raise ValueError(
-                f"offset='subtract' cannot change the quantized weight of {slot.name!r} "
-                f"({type(slot.base_layer).__name__}). Use offset='anchor' or 'zero-b', which leave it as it is."
+                f"offset='subtract' cannot change the quantized weight of {name!r} ({type(module).__name__}). Use "
+                "offset='anchor' or 'zero-b', which leave it as it is."
             )
     owners = defaultdict(list)
-    for name, parameter in peft_model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.is_meta and parameter.numel():
             owners[parameter.device, parameter.data_ptr()].append(short_name(name))
-    for slot in slots:
-        weight = slot.base_layer.weight
+    for name, module in targets.items():
+        weight = cast(torch.Tensor, module.weight)
         if weight.is_meta:
-            raise ValueError(f"offset='subtract' cannot change the weight of {slot.name!r}, which is not in memory.")
+            raise ValueError(f"offset='subtract' cannot change the weight of {name!r}, which is not in memory.")
         names = owners[weight.device, weight.data_ptr()]
         if len(names) > 1:
             raise ValueError(

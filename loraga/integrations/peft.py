@@ -9,14 +9,16 @@ from peft import PeftModel
 
 from loraga.integrations._files import attach_anchor, export_adapter
 from loraga.integrations._slots import adapters_disabled, base_weight, check_adapter, find_slots, quantized
-from loraga.integrations._targets import find_target_names, inject
-from loraga.integrations._writing import check_offset, restore_base, write_start
+from loraga.integrations._targets import find_target_names, inject, is_linear_like
+from loraga.integrations._writing import check_offset, restore_base, start_of, write_start
+from loraga.integrations.plugin import apply_to_peft, restore_peft
 from loraga.resume import watch_optimizers
 from loraga.snapshot import snapshot
 
 __all__ = [
     "PeftModel",
     "adapters_disabled",
+    "apply_to_peft",
     "attach_anchor",
     "base_weight",
     "check_adapter",
@@ -25,9 +27,12 @@ __all__ = [
     "find_slots",
     "find_target_names",
     "inject",
+    "is_linear_like",
     "quantized",
     "restore_base",
+    "restore_peft",
     "snapshot",
+    "start_of",
     "write_start",
 ]
 

@@ -3,6 +3,6 @@
 Nothing here is imported before a CUDA tensor or a test asks for it: see loraga/backends/triton.py.
 """
 
-from loraga.kernels import accumulate, commit, random, thin
+from loraga.kernels import accumulate, commit, orthonormalize, random, thin
 
-FAMILIES = (accumulate, thin, random, commit)
+FAMILIES = (accumulate, thin, random, commit, orthonormalize)

@@ -56,10 +56,11 @@ def workload(kernel: str, dtype: torch.dtype, columns: int, device: torch.device
         return run
     if kernel == "draw":
         return lambda: thin.project(a, None, seeds=[1], k=columns)
-    b = normal(1, _WIDTH, columns)
     if kernel == "project":
+        b = normal(1, _WIDTH, columns)
         return lambda: thin.project(a, b, out_dtype=dtype)
-    return lambda: thin.fold(a, b)
+    p = normal(1, _TOKENS, columns)
+    return lambda: thin.fold(a, p)
 
 
 def fastest(kernel: str, dtype: torch.dtype, columns: int, present: dict[str, int], stop: float) -> dict[str, int]:

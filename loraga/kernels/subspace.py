@@ -3,8 +3,8 @@
     Q = orth(G Ω);   `iterations` times:  W = orth(Gᵀ Q),  Q = orth(G W);   Z = Qᵀ G
 
 Halko, Martinsson, Tropp (2011), algorithm 4.4. G is read once per product and never copied or widened; Ω is drawn where
-it is used. Launches: 2 for the largest entries, 1 + 6 iterations products and bases, 1 at the end, whatever the number
-of matrices, and one more for each product whose sum is cut into parts.
+it is used. Launches for float32: 9 + 10 x iterations, whatever the number of matrices, and one more for each sum that
+is cut into parts; half types cast thin operands besides.
 """
 
 from __future__ import annotations

@@ -238,7 +238,7 @@ def fold(
     stride_os, stride_ob, stride_om, stride_ok = partial.stride()
     if transposed:
         stride_om, stride_ok = stride_ok, stride_om
-    left, right = onto if onto is not None else (partial[0, 0], partial[0, 0])
+    left, right = onto if onto is not None else (partial.view(1, -1), partial.view(1, -1))
     if out.numel():
         _fold_kernel[(programs, splits * blocks, batches)](
             a,

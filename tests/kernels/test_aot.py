@@ -13,6 +13,7 @@ from loraga.kernels import __main__ as command
 from loraga.kernels import aot, tuning
 
 
+@pytest.mark.timeout(1200)  # about 40 s on two idle cores
 @pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
 def test_all_builds_fit(arch):
     environment = os.environ | {"TRITON_INTERPRET": "0"}
@@ -43,12 +44,17 @@ def test_every_entry_of_the_table_is_built():
                         assert entry in built, f"{kernel} {bits} {name}: {entry}"
 
 
-def test_a_spill_is_seen_and_fails(monkeypatch, capsys):
+def test_a_spill_is_seen_and_fails():
     usage = aot.Usage("name", 90, 4, 255, 1000, 8)
     assert not usage.fits
     assert not aot.Usage("name", 80, 4, 255, 100 * 1024, 0).fits
     assert aot.Usage("name", 90, 4, 255, 100 * 1024, 0).fits
+
+
+def test_an_unknown_architecture_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that it is put back after the command has set it
     assert command.main(["75"]) == 2
+    assert "75" in capsys.readouterr().err
 
 
 def test_compiling_while_interpreted_is_refused():

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import pytest
 import torch
 
 from kernels.support import DEVICE, DTYPES, assert_as_good, needs_device, operand
 from loraga.backends import default
-from loraga.kernels import accumulate, choice, commit, random, search, streaming, thin, tuning
+from loraga.backends import triton as dispatch
+from loraga.estimators import LayerSpec, Streaming, finish
+from loraga.factors import Factors
+from loraga.kernels import accumulate, choice, commit, random, search, streaming, subspace, thin, tuning
 
 pytestmark = needs_device
 
@@ -242,3 +248,80 @@ class TestSearch:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(RuntimeError, match="no CUDA device"):
             search.tune(1.0)
+
+
+class TestSubspace:
+    """The whole range finder against the exact SVD and against the reference, which draws the same numbers."""
+
+    @staticmethod
+    def falling(b: int, m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+        inner = min(m, n)
+        spectrum = (1.0 + torch.arange(inner, device=DEVICE)) ** -1.0
+        left, right = (torch.linalg.qr(operand(b, size, inner, seed=size)).Q for size in (m, n))
+        return (left * spectrum @ right.mT).to(dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("m", "n", "k"), [(64, 48, 16), (45, 83, 18), (90, 37, 20)])
+    def test_against_the_exact_svd(self, m, n, k, dtype):
+        g = self.falling(2, m, n, dtype)
+        q, z = subspace.subspace(g, k, 4, [3, 4])
+        assert q.shape == (2, m, k) and z.shape == (2, k, n)
+        eye = torch.eye(k, dtype=torch.float64, device=DEVICE)
+        assert torch.linalg.matrix_norm(q.double().mT @ q.double() - eye, 2).max() <= 1e-6
+        exact = torch.linalg.svdvals(g.double())[:, :8].square().sum(-1)
+        captured = torch.linalg.svdvals(z.double())[:, :8].square().sum(-1)
+        assert ((exact - captured).abs() <= 1e-4 * exact).all()
+        reference, _ = default.subspace(g, k, 4, [3, 4])
+        projector, wanted = q.double() @ q.double().mT, reference.double() @ reference.double().mT
+        assert ((projector - wanted) @ g.double()).norm() <= 2e-2 * g.double().norm()
+
+    def test_zero_rank_deficient_and_empty(self):
+        g = torch.zeros(2, 40, 32, device=DEVICE)
+        g[1] = operand(40, 3) @ operand(3, 32)
+        q, z = subspace.subspace(g, 16, 2, [1, 2])
+        eye = torch.eye(16, dtype=torch.float64, device=DEVICE)
+        assert torch.linalg.matrix_norm(q.double().mT @ q.double() - eye, 2).max() <= 1e-6
+        assert (z[0] == 0).all()
+        assert (q[1] @ z[1] - g[1]).norm() <= 1e-5 * g[1].norm()
+        q, z = subspace.subspace(torch.empty(0, 40, 32, device=DEVICE), 16, 2, [])
+        assert q.shape == (0, 40, 16) and z.shape == (0, 16, 32)
+
+
+def test_a_stream_through_the_kernels_gives_the_factors_of_torch(monkeypatch):
+    """Every op of a streaming estimator, from first update to factors, replaced by its kernel launcher."""
+    spec = LayerSpec("layer", 240, 208, 8, 7, torch.device(DEVICE))
+    pairs = [(operand(300, 208, seed=2 * i), operand(300, 240, seed=2 * i + 1)) for i in range(3)]
+    pairs[1][0][5, 5] = torch.nan  # is left out
+
+    def factors() -> tuple[Factors, list[bool]]:
+        estimator = Streaming(spec, 3)
+        kept = [bool(estimator.update(x, dy)) for x, dy in pairs]
+        return finish({"layer": estimator}, {"layer": 2.0})["layer"].factors, kept
+
+    expected, kept = factors()
+    calls = set()
+    for op, (family, launcher, _) in dispatch.LAUNCHERS.items():
+        run = getattr(importlib.import_module(f"loraga.kernels.{family}"), launcher)
+
+        def through(*args: Any, _run: Any = run, _op: str = op) -> Any:
+            calls.add(_op)
+            return _run(*args)
+
+        monkeypatch.setattr(torch.ops.loraga, op, through)
+    found, also_kept = factors()
+    assert kept == also_kept == [True, False, True]
+    assert calls == {"test_matrix_", "left_product", "right_product", "commit_", "orthonormalize"}
+    torch.testing.assert_close(found.S, expected.S, rtol=1e-4, atol=0)
+    for one, other in ((found.U, expected.U), (found.Vh.mT, expected.Vh.mT)):
+        assert torch.linalg.matrix_norm(one @ one.mT - other @ other.mT, 2) <= 5e-2
+
+
+def test_without_a_measured_win_torch_does_the_work(monkeypatch):
+    monkeypatch.delenv("LORAGA_TRITON", raising=False)
+    monkeypatch.setattr(choice, "wins", dict)
+    for op in dispatch.LAUNCHERS:
+        assert dispatch.launcher_for(op, (torch.empty(1),), 90) is getattr(default, op)
+    monkeypatch.setenv("LORAGA_TRITON", "1")
+    for op, (family, launcher, _) in dispatch.LAUNCHERS.items():
+        module = importlib.import_module(f"loraga.kernels.{family}")
+        assert dispatch.launcher_for(op, (torch.empty(1),), 90) is getattr(module, launcher)

@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "loraga/target.hpp"
+
 namespace loraga {
 
 constexpr int kJacobiMaxK = 256;
@@ -31,11 +33,6 @@ struct JacobiProblem {
     int k;  // 1 .. kJacobiMaxK
 };
 
-struct Workspace {
-    void* data;  // aligned to 8 bytes; may be null where no bytes are needed
-    std::size_t bytes;
-};
-
 namespace cpu {
 
 std::size_t jacobi_svd_workspace(std::int64_t batch, int k);
@@ -45,16 +42,9 @@ void jacobi_svd(const JacobiProblem& problem, const JacobiOptions& options, Work
 
 namespace cuda {
 
-struct Target {
-    int device;
-    void* stream;  // a cudaStream_t; null is the default stream
-};
-
 std::size_t jacobi_svd_workspace(std::int64_t batch, int k, Target target);
 // Queued on the stream; the host does not wait.
 void jacobi_svd(const JacobiProblem& problem, const JacobiOptions& options, Workspace workspace, Target target);
-// Throws CudaError unless the driver, the device and the compiled architectures fit together.
-void check_device(int device);
 
 }  // namespace cuda
 

@@ -14,18 +14,12 @@
 #include <cmath>
 
 #include "loraga/jacobi.hpp"
-
-#ifdef __CUDACC__
-#define LORAGA_HOST_DEVICE __host__ __device__ inline
-#else
-#define LORAGA_HOST_DEVICE inline
-#endif
+#include "loraga/portable.hpp"
 
 namespace loraga {
 
-// A dot product is summed in this many strided parts, then halved in a tree: one part per lane of a warp on the
-// device, a vectorisable block on the host.
-constexpr int kLanes = 32;
+// A dot product is summed in kLanes strided parts, then halved in a tree: one part per lane of a warp on the device, a
+// vectorisable block on the host.
 
 struct Pair {
     int first, second;

@@ -1,0 +1,167 @@
+"""The native core's batched small problems beside torch.linalg (LAPACK, cuSOLVER): milliseconds and accuracy.
+
+    python benchmarks/native.py --output benchmarks/results/native-cpu.json
+    python benchmarks/native.py --device cuda --batches 1 32 224 --output benchmarks/results/native-h200.json
+
+Matrices are what a run meets: Gram matrices of sketches with unit columns and condition 1e8, and cores Qᵀ G V of
+gradients whose spectrum falls by six decades. Errors are against float64 LAPACK on the CPU, the worst of the batch:
+`cholesky_inverse` ‖X gram Xᵀ − I‖, `small_svd` the singular values relative to the largest and ‖UᵀU − I‖, entrywise.
+Each case is warmed up once; times are the median and the 20th and 80th percentile, a whole batch a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _machine
+import torch
+from torch import Tensor
+
+from loraga import _native
+from loraga.backends import default
+
+SHIFT = 1e-15  # that of the orthonormalisation
+
+
+def with_spectrum(batch: int, k: int, decades: float) -> Tensor:
+    g = torch.Generator().manual_seed(k)
+    u, v = (torch.linalg.qr(torch.randn(batch, k, k, dtype=torch.float64, generator=g)).Q for _ in range(2))
+    return u * torch.logspace(0, -decades, k, dtype=torch.float64) @ v.mT
+
+
+def grams(batch: int, k: int) -> Tensor:
+    tall = with_spectrum(batch, k, 4)
+    tall = tall / tall.norm(dim=-2, keepdim=True)
+    return tall.mT @ tall
+
+
+def inverse_errors(gram: Tensor, inverse: Tensor) -> dict[str, float]:
+    gram, inverse = gram.cpu(), inverse.cpu()
+    return {"residual": float((inverse @ gram @ inverse.mT - torch.eye(gram.shape[-1])).abs().max())}
+
+
+def svd_errors(core: Tensor, factors: tuple[Tensor, ...]) -> dict[str, float]:
+    u, s, _ = (factor.double().cpu() for factor in factors[:3])
+    true = torch.linalg.svdvals(core.double().cpu())
+    return {
+        "values": float(((s - true).abs() / true[:, :1]).max()),
+        "orthogonality": float((u.mT @ u - torch.eye(u.shape[-1])).abs().max()),
+    }
+
+
+def cases(
+    device: torch.device,
+) -> list[tuple[str, str, Callable[[int, int], Tensor], Callable[[Tensor], Any], Callable]]:
+    """Op, implementation, its input by (batch, k), the call, and what is wrong with the result."""
+
+    def cores(batch: int, k: int) -> Tensor:
+        return with_spectrum(batch, k, 6).float()
+
+    found = [
+        ("cholesky_inverse", "loraga", grams, lambda a: _native.cholesky_inverse(a, SHIFT)[0], inverse_errors),
+        ("cholesky_inverse", "torch", grams, lambda a: default.cholesky_inverse(a, SHIFT), inverse_errors),
+        ("small_svd", "loraga", cores, _native.jacobi_svd, svd_errors),
+        ("small_svd", "torch float64", cores, default.small_svd, svd_errors),
+    ]
+    drivers = ("gesvd", "gesvdj", "gesvda") if device.type == "cuda" else (None,)
+    for driver in drivers:
+        found.append(
+            (
+                "small_svd",
+                f"torch float32{f' {driver}' if driver else ''}",
+                cores,
+                lambda a, driver=driver: torch.linalg.svd(a, driver=driver),
+                svd_errors,
+            )
+        )
+    return found
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1000 * (time.perf_counter() - start))
+    return sorted(times)
+
+
+def measure(device: torch.device, sizes: list[int], batches: list[int], repeats: int) -> list[dict[str, Any]]:
+    rows = []
+    for op, implementation, make, call, wrong in cases(device):
+        for k in sizes:
+            for batch in batches:
+                matrices = make(batch, k).contiguous().to(device)
+                errors = wrong(matrices, call(matrices))
+                times = milliseconds(lambda call=call, matrices=matrices: call(matrices), device, repeats)
+                row = {
+                    "op": op,
+                    "implementation": implementation,
+                    "k": k,
+                    "batch": batch,
+                    "milliseconds": statistics.median(times),
+                    "milliseconds_20": times[len(times) // 5],
+                    "milliseconds_80": times[len(times) * 4 // 5],
+                    **errors,
+                }
+                print(json.dumps(row), file=sys.stderr)
+                rows.append(row)
+    return rows
+
+
+def table(result: dict) -> str:
+    """Markdown: a row per size, a column per implementation: milliseconds, and the worst error."""
+    lines = []
+    for op in dict.fromkeys(row["op"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["op"] == op]
+        names = list(dict.fromkeys(row["implementation"] for row in rows))
+        lines += [f"| {op}: k, batch | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+        for k, batch in dict.fromkeys((row["k"], row["batch"]) for row in rows):
+            cells = []
+            for name in names:
+                (row,) = [r for r in rows if (r["implementation"], r["k"], r["batch"]) == (name, k, batch)]
+                error = max(row[key] for key in ("residual", "values", "orthogonality") if key in row)
+                cells.append(f"{row['milliseconds']:.2f} ms ({error:.0e})")
+            lines.append(f"| {k}, {batch} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 80, 128, 256], help="k")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path, help="print the tables of a result file and do nothing else")
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
+    device = torch.device(args.device)
+    reason = _native.why_unavailable(device)
+    if reason is not None:
+        parser.error(reason)
+    rows = measure(device, args.sizes, args.batches, args.repeats)
+    text = json.dumps({**_machine.describe(), "native": _native.build_info(), "rows": rows}, indent=1)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text + "\n")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

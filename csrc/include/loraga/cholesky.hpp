@@ -1,0 +1,35 @@
+// Inverses of the Cholesky factors of many small Gram matrices.
+//
+// The interface of the core: raw pointers, shapes and a stream, nothing of torch. Nothing is allocated and no workspace
+// is needed: where a matrix does not fit into shared memory, its output is worked on in place.
+#pragma once
+
+#include <cstdint>
+
+#include "loraga/target.hpp"
+
+namespace loraga {
+
+constexpr int kCholeskyMaxK = 256;
+
+// inverse = L^-1 with L L' = gram + shift * trace(gram) * I, L lower triangular with a positive diagonal.
+// All arrays are dense and row-major; the output must not overlap the input.
+struct CholeskyProblem {
+    const double* gram;    // (batch, k, k), symmetric; only the lower triangle is read
+    double* inverse;       // (batch, k, k), zero above the diagonal; all NaN where the status is not 0
+    std::int32_t* status;  // (batch,), 0 or the order of the first leading minor that is not positive and finite
+    std::int64_t batch;
+    int k;         // 1 .. kCholeskyMaxK
+    double shift;  // finite, at least 0
+};
+
+namespace cpu {
+void cholesky_inverse(const CholeskyProblem& problem);
+}
+
+namespace cuda {
+// Queued on the stream; the host does not wait.
+void cholesky_inverse(const CholeskyProblem& problem, Target target);
+}  // namespace cuda
+
+}  // namespace loraga

@@ -1,0 +1,183 @@
+"""The native Cholesky inverse against float64 LAPACK and, where that is not enough, in longer arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraga import _native
+from loraga.backends import default
+
+if not _native.available():
+    pytest.skip(f"needs the native core: {_native.why_unavailable()}", allow_module_level=True)
+
+DEVICES = ["cpu"] + (["cuda"] if _native.available("cuda") else [])
+EPSILON = torch.finfo(torch.float64).eps
+
+
+def gram(k: int, condition: float = 10.0, scale: float = 1.0, seed: int = 0, clusters: int = 0) -> torch.Tensor:
+    """(k, k) with eigenvalues from 1 to 1 / condition, graded or in clusters, times `scale`."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64, generator=g)).Q
+    share = torch.linspace(0, 1, k, dtype=torch.float64)
+    if clusters:
+        share = (share * clusters).round() / clusters
+    full = (q * condition**-share) @ q.T * scale
+    return (full + full.T) / 2
+
+
+def check(matrices: torch.Tensor, inverse: torch.Tensor, status: torch.Tensor, shift: float = 0.0) -> None:
+    """X is lower triangular and X (gram + shift · trace) Xᵀ = 1 to what a backward stable method leaves.
+
+    A computed L has L Lᵀ = gram + E with |E| ≤ about k · eps · |gram| (Higham, 2002, theorem 10.3), which X turns into
+    k · eps · condition.
+    """
+    matrices, inverse = matrices.double().cpu(), inverse.cpu()
+    k = matrices.shape[-1]
+    assert status.tolist() == [0] * len(matrices)
+    assert torch.equal(inverse, inverse.tril()) and (inverse.diagonal(dim1=-2, dim2=-1) > 0).all()
+    trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    shifted = matrices + shift * trace * torch.eye(k, dtype=torch.float64)
+    values = torch.linalg.eigvalsh(shifted / trace)
+    condition = values[:, -1] / values[:, 0].clamp_min(EPSILON / 10)
+    residual = inverse @ shifted @ inverse.mT - torch.eye(k, dtype=torch.float64)
+    assert (residual.abs().amax(dim=(-2, -1)) <= 4 * k * EPSILON * condition).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("k", [1, 2, 3, 17, 32, 80, 129, 256])
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e8, 1e12])
+def test_against_the_definition(k, condition, device):
+    matrices = torch.stack([gram(k, condition), gram(k, condition, clusters=2), gram(k, condition, seed=1)]).to(device)
+    check(matrices, *_native.cholesky_inverse(matrices))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
+def test_scale_goes_through(scale, device):
+    plain = gram(33)[None].to(device)
+    inverse, status = _native.cholesky_inverse(plain * scale)
+    assert status.tolist() == [0]
+    assert torch.allclose(inverse * scale**0.5, _native.cholesky_inverse(plain)[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("k", [2, 5, 80])
+def test_as_close_as_lapack(k, device):
+    """Against an inverse of a factor that is known exactly: small whole numbers."""
+    g = torch.Generator().manual_seed(k)
+    lower = torch.randint(-1, 2, (k, k), generator=g).double().tril(-1)
+    lower[(torch.arange(k)[:, None] - torch.arange(k)) > 3] = 0  # a band, or the inverse would grow beyond use
+    lower += 4 * torch.eye(k, dtype=torch.float64)
+    matrices = (lower @ lower.T)[None].to(device)  # exact
+    inverse, status = _native.cholesky_inverse(matrices)
+    identity = torch.eye(k, dtype=torch.float64)
+    assert status.tolist() == [0]
+    ours = (inverse[0].cpu() @ lower - identity).abs().max()
+    reference = (default.cholesky_inverse(matrices, 0.0)[0].cpu() @ lower - identity).abs().max()
+    assert ours <= 4 * reference + k * EPSILON
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("batch", [0, 1, 300])
+def test_batches_equal_single_calls(batch, device):
+    matrices = torch.stack([gram(6, seed=i) for i in range(batch)] or [gram(6)])[:batch].to(device)
+    inverse, status = _native.cholesky_inverse(matrices)
+    assert inverse.shape == (batch, 6, 6) and status.shape == (batch,) and status.dtype == torch.int32
+    if batch:
+        check(matrices, inverse, status)
+        alone, _ = _native.cholesky_inverse(matrices[-1:].clone())
+        assert torch.equal(alone, inverse[-1:])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_status_is_the_order_of_the_first_bad_minor_and_the_inverse_is_nan(device):
+    good, zero = gram(7), torch.zeros(7, 7, dtype=torch.float64)
+    rank_one = torch.ones(7, 7, dtype=torch.float64)
+    negative, infinite, nan = gram(7), gram(7), gram(7)
+    negative[4, 4] = -1.0
+    infinite[6, 2] = torch.inf
+    nan[3, 1] = torch.nan
+    matrices = torch.stack([good, zero, rank_one, negative, infinite, nan, good]).to(device)
+    inverse, status = _native.cholesky_inverse(matrices)
+    assert status.tolist() == [0, 1, 2, 5, 7, 4, 0]
+    bad = (status != 0).cpu()
+    assert inverse[bad].isnan().all() and inverse[~bad].isfinite().all()
+    assert torch.equal(inverse[0], inverse[6])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_shift_makes_a_singular_matrix_usable(device):
+    for k in (5, 80):
+        matrices = torch.ones(1, k, k, dtype=torch.float64, device=device)
+        inverse, status = _native.cholesky_inverse(matrices, 1e-10)
+        check(matrices, inverse, status, shift=1e-10)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_the_lower_triangle_is_read(device):
+    matrices = gram(20)[None].to(device)
+    spoilt = matrices.tril() + torch.full_like(matrices, torch.nan).triu(1)
+    assert torch.equal(_native.cholesky_inverse(spoilt)[0], _native.cholesky_inverse(matrices)[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    k=st.integers(1, 40),
+    batch=st.integers(1, 3),
+    decades=st.floats(0, 11),
+    exponent=st.integers(-120, 120),
+    clusters=st.integers(0, 4),
+    shift=st.sampled_from([0.0, 1e-15, 1e-9, 1e-2]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_positive_definite_matrix(k, batch, decades, exponent, clusters, shift, seed):
+    scale = 10.0**exponent
+    matrices = torch.stack([gram(k, 10.0**decades, scale, seed + i, clusters) for i in range(batch)])
+    inverse, status = _native.cholesky_inverse(matrices, shift)
+    check(matrices, inverse, status, shift)
+    reference = default.cholesky_inverse(matrices, shift)
+    drift = (inverse - reference).norm(dim=(-2, -1)) / reference.norm(dim=(-2, -1))
+    assert (drift <= 8 * k * EPSILON * 10.0**decades + 1e-14).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_same_bits_again(device):
+    matrices = torch.stack([gram(50, 1e6, seed=i) for i in range(4)]).to(device)
+    assert torch.equal(_native.cholesky_inverse(matrices, 1e-15)[0], _native.cholesky_inverse(matrices, 1e-15)[0])
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU: the kernel runs on emulated threads in test_cpp.py")
+def test_runs_on_the_current_stream_without_waiting():
+    matrices = gram(80).expand(8, 80, 80).contiguous().to("cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        quadruple = matrices * 4  # ready only after the sleep
+        inverse, _ = _native.cholesky_inverse(quadruple)
+        assert not stream.query()
+    stream.synchronize()
+    assert torch.allclose(inverse * 2, _native.cholesky_inverse(matrices)[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("matrices", "shift", "error", "says"),
+    [
+        ([[1.0]], 0.0, TypeError, "torch.Tensor, not list"),
+        (torch.ones(1, 2, 2), 0.0, TypeError, "float64, not torch.float32"),
+        (torch.ones(2, 2).double(), 0.0, ValueError, r"\(batch, k, k\), not \(2, 2\)"),
+        (torch.ones(1, 2, 3).double(), 0.0, ValueError, r"\(batch, k, k\), not \(1, 2, 3\)"),
+        (torch.ones(1, 257, 257).double(), 0.0, ValueError, "k = 257; allowed are 1 to 256"),
+        (torch.ones(1, 0, 0).double(), 0.0, ValueError, "k = 0; allowed are 1 to 256"),
+        (torch.arange(8.0).double().view(2, 2, 2).mT, 0.0, ValueError, "contiguous"),
+        (torch.ones(1, 2, 2, dtype=torch.float64, device="meta"), 0.0, ValueError, "not on meta"),
+        (torch.ones(1, 2, 2).double(), -1.0, ValueError, "shift is -1"),
+        (torch.ones(1, 2, 2).double(), float("nan"), ValueError, "shift is nan"),
+    ],
+)
+def test_wrong_arguments(matrices, shift, error, says):
+    with pytest.raises(error, match=says):
+        _native.cholesky_inverse(matrices, shift)
