@@ -27,6 +27,7 @@ from loraga.kernels._triton import (
     DTYPES,
     INTERPRETED,
     PRECISION,
+    ROUNDED,
     Build,
     arch_of,
     is_aligned,
@@ -165,14 +166,20 @@ def _fold_kernel(
                     mask=(inner[:, None] < inner_size) & (columns[None, :] < k_right),
                     other=0.0,
                 )
-                sums = tl.dot(left, right, sums, input_precision=PRECISION)
+                sums = tl.dot(left, right, sums, input_precision="tf32x3")
     out_ptr += part.to(tl.int64) * stride_os + batch * stride_ob
     out = out_ptr + rows[:, None] * stride_om + columns[None, :].to(tl.int64) * stride_ok
     tl.store(out, rounded(sums, out_ptr, WIDEN), mask=(rows[:, None] < m) & inside_columns)
 
 
 def project(
-    a: Tensor, b: Tensor | None, *, out_dtype: torch.dtype = torch.float32, seeds: Sequence[int] = (), k: int = 0
+    a: Tensor,
+    b: Tensor | None,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    seeds: Sequence[int] = (),
+    k: int = 0,
+    rounded: bool = False,
 ) -> Tensor:
     """A B: (b, T, k) of `out_dtype` for a (b, T, n) with any strides and b (b, n, k) of a's dtype.
 
@@ -207,7 +214,7 @@ def project(
             *partial.stride()[:3],
             DRAW=b is None,
             WIDEN=INTERPRETED,
-            PRECISION=PRECISION,
+            PRECISION=ROUNDED if rounded else PRECISION,
             **config,
         )
     return sum_splits(partial, out) if splits > 1 else out
@@ -220,6 +227,7 @@ def fold(
     scale: float = 1.0,
     onto: tuple[Tensor, Tensor] | None = None,
     transposed: bool = False,
+    rounded: bool = False,
 ) -> Tensor:
     """scale · Aᵀ P + L M: (b, m, k) float32, or (b, k, m) if `transposed`.
 
@@ -264,7 +272,7 @@ def fold(
             right.shape[1],
             ONTO=onto is not None,
             WIDEN=INTERPRETED,
-            PRECISION=PRECISION,
+            PRECISION=ROUNDED if rounded else PRECISION,
             **config,
         )
     return sum_splits(partial, out) if splits > 1 else out
