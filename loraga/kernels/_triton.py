@@ -19,9 +19,8 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # float32 operands go through tensor cores as three tf32 products each, whose sum is as good as one float32 product
-# (one tf32 product keeps 10 bits, which is enough for the products of a sketch); half types ignore this.
+# (one tf32 product would keep 10 bits); half types ignore this.
 PRECISION = "tf32x3"
-ROUNDED = "tf32"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -27,7 +27,6 @@ from loraga.kernels._triton import (
     DTYPES,
     INTERPRETED,
     PRECISION,
-    ROUNDED,
     Build,
     arch_of,
     is_aligned,
@@ -214,7 +213,7 @@ def project(
             *partial.stride()[:3],
             DRAW=b is None,
             WIDEN=INTERPRETED,
-            PRECISION=ROUNDED if rounded else PRECISION,
+            PRECISION=PRECISION,
             **config,
         )
     return sum_splits(partial, out) if splits > 1 else out
@@ -227,7 +226,6 @@ def fold(
     scale: float = 1.0,
     onto: tuple[Tensor, Tensor] | None = None,
     transposed: bool = False,
-    rounded: bool = False,
 ) -> Tensor:
     """scale · Aᵀ P + L M: (b, m, k) float32, or (b, k, m) if `transposed`.
 
@@ -272,7 +270,7 @@ def fold(
             right.shape[1],
             ONTO=onto is not None,
             WIDEN=INTERPRETED,
-            PRECISION=ROUNDED if rounded else PRECISION,
+            PRECISION=PRECISION,
             **config,
         )
     return sum_splits(partial, out) if splits > 1 else out
