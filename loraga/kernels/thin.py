@@ -178,7 +178,6 @@ def project(
     out_dtype: torch.dtype = torch.float32,
     seeds: Sequence[int] = (),
     k: int = 0,
-    rounded: bool = False,
 ) -> Tensor:
     """A B: (b, T, k) of `out_dtype` for a (b, T, n) with any strides and b (b, n, k) of a's dtype.
 
