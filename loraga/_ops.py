@@ -57,8 +57,8 @@ test_matrix_.__test__ = False  # type: ignore[attr-defined]  # pytest would take
 # ------------------------------------------------------------------------------------------------------------------
 # left_product, right_product: the two thin products of a gradient that is never formed, added to those of a sum
 # ------------------------------------------------------------------------------------------------------------------
-_lib.define("left_product(Tensor x, Tensor dy, Tensor v, float scale, Tensor? q, Tensor? zv) -> Tensor")
-_lib.define("right_product(Tensor x, Tensor dy, Tensor q, float scale, Tensor? c, Tensor? z) -> Tensor")
+_lib.define("left_product(Tensor x, Tensor dy, Tensor v, float scale, bool rounded, Tensor? q, Tensor? zv) -> Tensor")
+_lib.define("right_product(Tensor x, Tensor dy, Tensor q, float scale, bool rounded, Tensor? c, Tensor? z) -> Tensor")
 
 
 def _check_pair(op: str, x: Tensor, dy: Tensor) -> None:
@@ -96,41 +96,54 @@ def _check_right(x: Tensor, dy: Tensor, q: Tensor, c: Tensor | None, z: Tensor |
 
 
 @torch.library.register_fake("loraga::left_product", lib=_lib)
-def _(x: Tensor, dy: Tensor, v: Tensor, scale: float, q: Tensor | None, zv: Tensor | None) -> Tensor:
+def _(x: Tensor, dy: Tensor, v: Tensor, scale: float, rounded: bool, q: Tensor | None, zv: Tensor | None) -> Tensor:
     _check_left(x, dy, v, q, zv)
     return v.new_empty(v.shape[1], dy.shape[1]).t()  # (PᵀdY)ᵀ is faster than dYᵀP
 
 
 @torch.library.register_fake("loraga::right_product", lib=_lib)
-def _(x: Tensor, dy: Tensor, q: Tensor, scale: float, c: Tensor | None, z: Tensor | None) -> Tensor:
+def _(x: Tensor, dy: Tensor, q: Tensor, scale: float, rounded: bool, c: Tensor | None, z: Tensor | None) -> Tensor:
     _check_right(x, dy, q, c, z)
     return q.new_empty(q.shape[1], x.shape[1])
 
 
 def left_product(
-    x: Tensor, dy: Tensor, v: Tensor, scale: float = 1.0, *, onto: tuple[Tensor, Tensor] | None = None
+    x: Tensor,
+    dy: Tensor,
+    v: Tensor,
+    scale: float = 1.0,
+    *,
+    rounded: bool = False,
+    onto: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """scale · G V + Q (Z V), float32 (m, k), for G = dYᵀ X of x (T, n), dy (T, m) of one dtype and v (n, k) float32.
 
     `onto` is (Q (m, i), Z V (i, k')) float32; k' may be less than k, and the columns beyond get nothing from it.
     Operands go into the products with x and dy in the dtype of x (v and X V are rounded to it); sums are float32.
+    With `rounded`, float32 operands may go in with as few as 8 bits, where the device multiplies those faster.
     """
     q, zv = onto or (None, None)
     _check_left(x, dy, v, q, zv)
-    return torch.ops.loraga.left_product(x, dy, v, scale, q, zv)
+    return torch.ops.loraga.left_product(x, dy, v, scale, rounded, q, zv)
 
 
 def right_product(
-    x: Tensor, dy: Tensor, q: Tensor, scale: float = 1.0, *, onto: tuple[Tensor, Tensor] | None = None
+    x: Tensor,
+    dy: Tensor,
+    q: Tensor,
+    scale: float = 1.0,
+    *,
+    rounded: bool = False,
+    onto: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """scale · Qᵀ G + C Z, float32 (k, n), for G = dYᵀ X of x (T, n), dy (T, m) of one dtype and q (m, k) float32.
 
     `onto` is (C (k, i), Z (i, n)) float32. Operands go into the products with x and dy in the dtype of x (q and dY Q
-    are rounded to it); sums are float32.
+    are rounded to it); sums are float32. `rounded` as in `left_product`.
     """
     c, z = onto or (None, None)
     _check_right(x, dy, q, c, z)
-    return torch.ops.loraga.right_product(x, dy, q, scale, c, z)
+    return torch.ops.loraga.right_product(x, dy, q, scale, rounded, c, z)
 
 
 # ------------------------------------------------------------------------------------------------------------------

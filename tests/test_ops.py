@@ -44,15 +44,22 @@ def tall(kind: str, m: int, k: int) -> torch.Tensor:
     ("op", "args"),
     [
         ("test_matrix_", lambda: (torch.empty(5, 3), 7)),
-        ("left_product", lambda: (*pair(9, 4, 6, torch.float32), torch.randn(4, 2), 1.0, None, None)),
+        ("left_product", lambda: (*pair(9, 4, 6, torch.float32), torch.randn(4, 2), 1.0, False, None, None)),
         (
             "left_product",
-            lambda: (*pair(9, 4, 6, torch.bfloat16), torch.randn(4, 3), 0.5, torch.randn(6, 2), torch.randn(2, 2)),
+            lambda: (
+                *pair(9, 4, 6, torch.bfloat16),
+                torch.randn(4, 3),
+                0.5,
+                True,
+                torch.randn(6, 2),
+                torch.randn(2, 2),
+            ),
         ),
-        ("right_product", lambda: (*pair(9, 4, 6, torch.float32), torch.randn(6, 2), 1.0, None, None)),
+        ("right_product", lambda: (*pair(9, 4, 6, torch.float32), torch.randn(6, 2), 1.0, False, None, None)),
         (
             "right_product",
-            lambda: (*pair(9, 4, 6, torch.float16), torch.randn(6, 2), 0.5, torch.randn(2, 3), torch.randn(3, 4)),
+            lambda: (*pair(9, 4, 6, torch.float16), torch.randn(6, 2), 0.5, True, torch.randn(2, 3), torch.randn(3, 4)),
         ),
         ("commit_", lambda: tuple(torch.randn(*s) for s in ((6, 2), (2, 4), (6, 1), (6, 2), (2, 4), (6, 3)))),
         ("accumulate_", lambda: (torch.zeros(6, 4), torch.randn(9, 4), torch.randn(9, 6), 0.5)),
@@ -155,6 +162,28 @@ def test_products_against_float64(tokens, n, m, dtype):
         assert ours.dtype == torch.float32
         bound = (eager.double() - truth).norm() + 1e-6 * truth.norm()
         assert (ours.double() - truth).norm() <= 1.5 * bound
+
+
+def test_rounded_products_round_operands_only_and_leave_the_setting_alone():
+    """As good as bfloat16 operands with float32 sums; what is added stays float32; bfloat16 operands lose nothing."""
+    setting = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
+    x, dy = pair(700, 96, 80, torch.float32)
+    v, q, zv = torch.randn(96, 24), torch.randn(80, 24), 1e4 * torch.randn(24, 24)
+    exact = dy.double().T @ (x.double() @ v.double()) + q.double() @ zv.double()
+    ours = _ops.left_product(x, dy, v, rounded=True, onto=(q, zv)).double()
+    product = exact - q.double() @ zv.double()
+    assert (ours - exact).norm() <= 2.0**-8 * product.norm() + 1e-6 * exact.norm()
+    halves = x.bfloat16(), dy.bfloat16()
+    widened = halves[1].double().T @ (halves[0].double() @ v.bfloat16().double()).bfloat16().double()
+    assert (_ops.left_product(*halves, v).double() - widened).norm() <= 2.0**-9 * widened.norm()
+    assert getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) == setting
+
+
+def test_a_product_that_fails_leaves_the_setting_alone():
+    setting = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
+    with pytest.raises(RuntimeError):
+        torch.ops.loraga.right_product(torch.randn(5, 3), torch.randn(5, 4), torch.randn(7, 2), 1.0, True, None, None)
+    assert getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) == setting
 
 
 @pytest.mark.parametrize(("tokens", "n", "m"), SHAPES)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,19 +62,64 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+@contextmanager
+def _bfloat16_units(x: Tensor, rounded: bool) -> Iterator[None]:
+    """Float32 products round their operands to bfloat16 on a CPU that has matrix units for it; sums stay float32.
+
+    Operands that are bfloat16 to begin with lose nothing by it.
+    """
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch >= 2.9
+    if x.is_cpu and (rounded or x.dtype == torch.bfloat16) and hasattr(matmul, "fp32_precision") and _has_units():
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+    else:
+        yield
+
+
+@functools.cache
+def _has_units() -> bool:
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and bool(supported())
+
+
+# Rows of x or dy that go into a sum over tokens at a time on a CPU: a wide block of them then stays in cache.
+_TOKENS = 512
+
+
+def folded(p: Tensor, x: Tensor) -> Tensor:
+    """pᵀ x for p (T, k), x (T, n), as `product`."""
+    if x.is_cuda or len(x) <= _TOKENS or x.shape[1] <= 1024:
+        return product(p.t(), x)
+    out = product(p[:_TOKENS].t(), x[:_TOKENS])
+    for start in range(_TOKENS, len(x), _TOKENS):
+        rows = slice(start, start + _TOKENS)
+        out.addmm_(p[rows].t().float(), x[rows].float())
+    return out
+
+
 @implement("left_product", _KEY)
-def left_product(x: Tensor, dy: Tensor, v: Tensor, scale: float, q: Tensor | None, zv: Tensor | None) -> Tensor:
-    p = product(x, v.to(x.dtype)).to(x.dtype)
-    out = _scaled(product(p.t(), dy), scale)
+def left_product(
+    x: Tensor, dy: Tensor, v: Tensor, scale: float, rounded: bool, q: Tensor | None, zv: Tensor | None
+) -> Tensor:
+    with _bfloat16_units(x, rounded):
+        p = product(x, v.to(x.dtype)).to(x.dtype)
+        out = _scaled(folded(p, dy), scale)
     if q is not None and zv is not None:
         out[: zv.shape[1]].addmm_(zv.t(), q.t())
     return out.t()
 
 
 @implement("right_product", _KEY)
-def right_product(x: Tensor, dy: Tensor, q: Tensor, scale: float, c: Tensor | None, z: Tensor | None) -> Tensor:
-    r = product(dy, q.to(dy.dtype)).to(dy.dtype)
-    out = _scaled(product(r.t(), x), scale)
+def right_product(
+    x: Tensor, dy: Tensor, q: Tensor, scale: float, rounded: bool, c: Tensor | None, z: Tensor | None
+) -> Tensor:
+    with _bfloat16_units(x, rounded):
+        r = product(dy, q.to(dy.dtype)).to(dy.dtype)
+        out = _scaled(folded(r, x), scale)
     return out if c is None or z is None else out.addmm_(c, z)
 
 
@@ -103,16 +151,18 @@ def accumulate_(g: Tensor, x: Tensor, dy: Tensor, scale: float) -> Tensor:
     return finite
 
 
-def directions(m: int, k: int, device: torch.device) -> Tensor:
-    """(m, k) float32: columns of the DCT, highest frequencies first: orthonormal, dense, like no gradient, no state.
+def directions(m: int, k: int, device: torch.device, by_columns: bool = False) -> Tensor:
+    """(m, k) float32, in memory by rows or by columns: the DCT's columns from the highest frequency down.
 
+    They are orthonormal, dense, like no gradient, and need no state.
     Entry (i, j) is √(2/m) cos(2π (2i + 1) f / 4m), f = m - 1 - j. The angle is an integer in units of 2⁻³² turns:
     whole turns fall away as products wrap, exactly and alike on every device, where a float32 angle of a long column
     would keep no digit.
     """
     frequency = (torch.arange(m - 1, m - 1 - k, -1, device=device) * 2**30 // m).to(torch.int32)
     odd = torch.arange(1, 2 * m, 2, dtype=torch.int32, device=device)
-    return (odd[:, None] * frequency).float().mul_(2 * math.pi / 2**32).cos_().mul_(math.sqrt(2 / m))
+    angle = (frequency[:, None] * odd).mT if by_columns else odd[:, None] * frequency
+    return angle.float().mul_(2 * math.pi / 2**32).cos_().mul_(math.sqrt(2 / m))
 
 
 def shifts(m: int, k: int, refine: bool) -> tuple[float, ...]:
@@ -129,10 +179,12 @@ def orthonormalize(y: Tensor, refine: bool) -> Tensor:
     what rounding left. A square block can be worse conditioned than the jitter suggests and gets a third pass.
     """
     m, k = y.shape[-2:]
-    noise = directions(m, k, y.device)
-    a = y.double()  # squares neither overflow nor vanish
-    norm = torch.linalg.vector_norm(a, dim=-2, keepdim=True)
-    a = torch.where(norm > 0, a / norm + JITTER * noise, noise)
+    # float64: squares neither overflow nor vanish
+    norm = torch.linalg.vector_norm(y, dim=-2, keepdim=True, dtype=torch.float64)
+    known = norm > 0
+    a = y.double().mul_(torch.where(known, torch.where(known, norm, 1.0).reciprocal(), 0.0))
+    noise = directions(m, k, y.device, by_columns=y.stride(-2) == 1)
+    a += noise * torch.where(known, JITTER, 1.0).float()
     for shift in shifts(m, k, refine):
         a = a @ _ops.cholesky_inverse(a.mT @ a, shift).mT
     return a.float()

@@ -88,7 +88,7 @@ class Streaming:
         # NaN or Inf in x or dy makes `left` not finite and all that follows worthless: `commit_` drops it at the end
         if self._empty:  # nothing summed yet: start from the left, which costs half of a pass
             start = test_matrix(self._spec.m, self._k, self._spec.seed, self._q.device)
-            v = _basis(_ops.right_product(x, dy, start).mT)
+            v = _basis(_ops.right_product(x, dy, start, rounded=True).mT)
         else:
             v = _basis(self._z.mT)
         left = self._left(x, dy, scale, v, torch.cat((v, self._probes), dim=1))
@@ -102,11 +102,13 @@ class Streaming:
 
     def _left(self, x: Tensor, dy: Tensor, scale: float, v: Tensor, beside: Tensor) -> Tensor:
         """(G_t + Q Z) V; columns that `beside` has beyond those of V see G_t only."""
-        return _ops.left_product(x, dy, beside, scale, onto=None if self._empty else (self._q, self._z @ v))
+        onto = None if self._empty else (self._q, self._z @ v)
+        return _ops.left_product(x, dy, beside, scale, rounded=True, onto=onto)
 
     def _right(self, x: Tensor, dy: Tensor, scale: float, q: Tensor) -> Tensor:
         """Qᵀ (G_t + Q_old Z_old), the projection of the sum on the range of `q`."""
-        return _ops.right_product(x, dy, q, scale, onto=None if self._empty else (q.mT @ self._q, self._z))
+        onto = None if self._empty else (q.mT @ self._q, self._z)
+        return _ops.right_product(x, dy, q, scale, rounded=True, onto=onto)
 
     @staticmethod
     def finish(group: Sequence[Streaming]) -> tuple[Factors, Tensor]:

@@ -32,18 +32,18 @@ def _operand(thin: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def left_product(
-    x: Tensor, dy: Tensor, v: Tensor, scale: float = 1.0, q: Tensor | None = None, zv: Tensor | None = None
+    x: Tensor, dy: Tensor, v: Tensor, scale: float, rounded: bool, q: Tensor | None, zv: Tensor | None
 ) -> Tensor:
-    """See `loraga._ops.left_product`."""
+    """See `loraga._ops.left_product`; float32 operands are never rounded."""
     p = project(x[None], _operand(v, x.dtype), out_dtype=x.dtype)
     onto = None if q is None or zv is None else (q, zv)
     return fold(dy[None], p, scale=scale, onto=onto, transposed=True)[0, : v.shape[1]].t()
 
 
 def right_product(
-    x: Tensor, dy: Tensor, q: Tensor, scale: float = 1.0, c: Tensor | None = None, z: Tensor | None = None
+    x: Tensor, dy: Tensor, q: Tensor, scale: float, rounded: bool, c: Tensor | None, z: Tensor | None
 ) -> Tensor:
-    """See `loraga._ops.right_product`."""
+    """See `loraga._ops.right_product`; float32 operands are never rounded."""
     r = project(dy[None], _operand(q, dy.dtype), out_dtype=dy.dtype)
     onto = None if c is None or z is None else (z.t(), c.t())
     return fold(x[None], r, scale=scale, onto=onto, transposed=True)[0, : q.shape[1]]

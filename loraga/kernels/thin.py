@@ -165,14 +165,19 @@ def _fold_kernel(
                     mask=(inner[:, None] < inner_size) & (columns[None, :] < k_right),
                     other=0.0,
                 )
-                sums = tl.dot(left, right, sums, input_precision=PRECISION)
+                sums = tl.dot(left, right, sums, input_precision="tf32x3")
     out_ptr += part.to(tl.int64) * stride_os + batch * stride_ob
     out = out_ptr + rows[:, None] * stride_om + columns[None, :].to(tl.int64) * stride_ok
     tl.store(out, rounded(sums, out_ptr, WIDEN), mask=(rows[:, None] < m) & inside_columns)
 
 
 def project(
-    a: Tensor, b: Tensor | None, *, out_dtype: torch.dtype = torch.float32, seeds: Sequence[int] = (), k: int = 0
+    a: Tensor,
+    b: Tensor | None,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    seeds: Sequence[int] = (),
+    k: int = 0,
 ) -> Tensor:
     """A B: (b, T, k) of `out_dtype` for a (b, T, n) with any strides and b (b, n, k) of a's dtype.
 

@@ -17,8 +17,8 @@ from loraga.kernels import accumulate, commit, orthonormalize, random, streaming
 def test_every_kernel(tokens, m, n, k, dtype):
     x, dy = operand(tokens, n, dtype=dtype), operand(tokens, m, dtype=dtype, seed=1)
     v, q, z = operand(n, k + 8), operand(m, k), operand(k, n)
-    left = streaming.left_product(x, dy, v, 0.5, q, operand(k, k))
-    new_z = streaming.right_product(x, dy, q, 0.5, operand(k, k), z)
+    left = streaming.left_product(x, dy, v, 0.5, True, q, operand(k, k))
+    new_z = streaming.right_product(x, dy, q, 0.5, True, operand(k, k), z)
     probed = torch.zeros_like(left[:, k:]).contiguous()
     assert commit.commit(q, z, probed, orthonormalize.orthonormalize(q, refine=False), new_z, left)
     for buffer in (torch.bfloat16, torch.float32):

@@ -128,18 +128,18 @@ def test_left_and_right_product(shape, dtype):
     v, q, zv = operand(n, k, seed=2), operand(m, k, seed=3), operand(k, max(1, k - 2), seed=4)
     z = operand(k, n, seed=5)
     for scale, onto in ((1.0, (None, None)), (0.5, (q, zv))):
-        eager = default.left_product(x, dy, v, scale, *onto)
+        eager = default.left_product(x, dy, v, scale, False, *onto)
         p = x.double() @ v.to(dtype).double()  # v in the dtype of x is part of the op
         truth = thin.fold_reference(dy, p, scale, onto if onto[0] is not None else None)
-        result = streaming.left_product(x, dy, v, scale, *onto)
+        result = streaming.left_product(x, dy, v, scale, False, *onto)
         assert result.stride() == eager.stride()
         assert_as_good(result, truth, eager)
     c = operand(k, k, seed=6)
     for scale, onto in ((1.0, (None, None)), (0.5, (c, z))):
-        eager = default.right_product(x, dy, q, scale, *onto)
+        eager = default.right_product(x, dy, q, scale, False, *onto)
         r = dy.double() @ q.to(dtype).double()
         truth = scale * (r.mT @ x.double()) + (c.double() @ z.double() if onto[0] is not None else 0.0)
-        assert_as_good(streaming.right_product(x, dy, q, scale, *onto), truth, eager)
+        assert_as_good(streaming.right_product(x, dy, q, scale, False, *onto), truth, eager)
 
 
 @pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])
@@ -289,6 +289,7 @@ class TestSubspace:
 
 def test_a_stream_through_the_kernels_gives_the_factors_of_torch(monkeypatch):
     """Every op of a streaming estimator, from first update to factors, replaced by its kernel launcher."""
+    monkeypatch.setattr(default, "_has_units", lambda: False)  # no operand is rounded on either side
     spec = LayerSpec("layer", 240, 208, 8, 7, torch.device(DEVICE))
     pairs = [(operand(300, 208, seed=2 * i), operand(300, 240, seed=2 * i + 1)) for i in range(3)]
     pairs[1][0][5, 5] = torch.nan  # is left out
