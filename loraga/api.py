@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loraga import recipes
 from loraga.config import InitConfig
+from loraga.distributed import Ranks
 from loraga.estimation import Estimation, LossFn, estimate
 from loraga.factors import Factors
 from loraga.integrations import peft as adapters
@@ -79,7 +80,7 @@ def fast_init(
     restore = adapters.snapshot(model) if plain else None
     try:
         # parameters made in inference mode could never be trained
-        with torch.inference_mode(False), rng_untouched():
+        with Ranks() as ranks, torch.inference_mode(False), rng_untouched():
             peft_model = _inject(model, lora_config, adapter_name, seed) if plain else model
             adapters.check_adapter(peft_model, adapter_name)
             slots, unsupported = adapters.find_slots(peft_model, adapter_name)
@@ -98,6 +99,7 @@ def fast_init(
                     {slot.name: init.triplets(slot.rank) for slot in slots},
                     loader,
                     init,
+                    ranks,
                     loss_fn=loss_fn,
                     max_batches=max_batches,
                     seed=seed,
@@ -112,8 +114,9 @@ def fast_init(
             }
             if not starts:
                 raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")
-            _warn_about_ordinary(report)  # before anything is written: a warning may be made an error
-            adapters.write_start(peft_model, adapter_name, starts, init.offset)
+            if ranks.first:
+                _warn_about_ordinary(report)  # before anything is written: a warning may be made an error
+            adapters.write_start(peft_model, adapter_name, starts, init.offset, confirm=ranks.meet)
             report.seconds["adapter"] = time.perf_counter() - began
     except BaseException:
         if restore is not None:
@@ -158,23 +161,24 @@ def estimate_factors(
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank={rank!r} must be a whole number of at least 1.")
     targets = adapters.find_target_names(model, target_modules)
-    with rng_untouched(), adapters.adapters_disabled(model):
+    with Ranks() as ranks, rng_untouched(), adapters.adapters_disabled(model):
         estimation = estimate(
             model,
             targets,
             dict.fromkeys(targets, rank),
             loader,
             init,
+            ranks,
             loss_fn=loss_fn,
             max_batches=max_batches,
             seed=seed,
             show_progress_bar=show_progress_bar,
         )
     unseen = {name: reason for name in targets if (reason := _why_unseen(name, estimation))}
-    if unseen:
+    if unseen and ranks.first:
         listed = _listed([f"{name} ({reason})" for name, reason in unseen.items()])
         warnings.warn(f"These layers are left out of the result: {listed}.", stacklevel=2)
-    if estimation.skipped_batches:
+    if estimation.skipped_batches and ranks.first:
         layers = _listed([name for name, count in estimation.skipped.items() if count])
         warnings.warn(_skipped(estimation) + f" at {layers}.", stacklevel=2)
     return {name: result.factors for name, result in estimation.estimates.items() if name not in unseen}
@@ -216,6 +220,8 @@ def _report(
         micro_batches=estimation.micro_batches,
         skipped_batches=estimation.skipped_batches,
         seed=seed,
+        ranks=estimation.ranks,
+        reduced_bytes=estimation.reduced_bytes,
     )
 
 

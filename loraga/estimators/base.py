@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,11 +41,26 @@ class Estimator(Protocol):
     """Sums the gradients of one layer. `update` never waits for the device; `finish` may."""
 
     @property
+    def spec(self) -> LayerSpec:
+        """The layer."""
+
+    @property
     def state_bytes(self) -> int:
         """Bytes held between updates."""
 
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         """Add scale · dyᵀ x for x (T, n), dy (T, m); returns a 0-dim bool tensor, False where NaN or Inf was met."""
+
+    @property
+    def exchange_bytes(self) -> int:
+        """Size of the largest tensor that `merging` yields for one layer."""
+
+    @classmethod
+    def merging(cls, group: Sequence[Any], scale: float) -> Iterator[Tensor]:
+        """Yield tensors, each to be summed over ranks in place before the next is asked for.
+
+        At the end each of the `group` stands for the sum over ranks of what it stood for, times that rank's `scale`.
+        """
 
     def finish(self, divisor: float) -> Estimate:
         """The result for the sum divided by `divisor`; the state is freed."""

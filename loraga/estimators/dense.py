@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,10 @@ class Dense:
         )
 
     @property
+    def spec(self) -> LayerSpec:
+        return self._spec
+
+    @property
     def state_bytes(self) -> int:
         return self._g.numel() * self._g.element_size()
 
@@ -38,6 +44,18 @@ class Dense:
             self._g.copy_(g, non_blocking=True)  # same stream as the next fetch, so the order is kept
             return finite
         return _ops.accumulate_(self._g, x, dy, scale)
+
+    @property
+    def exchange_bytes(self) -> int:
+        return 4 * self._g.numel()
+
+    @classmethod
+    def merging(cls, group: Sequence[Dense], scale: float) -> Iterator[Tensor]:
+        device = group[0]._spec.device
+        total = torch.stack([dense._g.to(device, torch.float32) for dense in group]).mul_(scale)
+        yield total
+        for dense, g in zip(group, total, strict=True):
+            dense._g.copy_(g)
 
     def finish(self, divisor: float) -> Estimate:
         g = self._g.to(self._spec.device)

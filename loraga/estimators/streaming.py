@@ -14,6 +14,8 @@ that of Halko, Martinsson, Tropp (2011), algorithm 4.4, with G applied as a prod
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -80,6 +82,10 @@ class Streaming:
         return spec.m * spec.n > 2 * sketch_width(spec.rank) * (spec.m + spec.n)
 
     @property
+    def spec(self) -> LayerSpec:
+        return self._spec
+
+    @property
     def state_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self._q, self._z, self._probes, self._probed))
 
@@ -114,6 +120,37 @@ class Streaming:
         """Qᵀ (G_t + Q_old Z_old), the projection of the sum on the range of `q`."""
         projected = _product(_ops.right_product(x, dy, q), scale)
         return projected if self._empty else projected.addmm_(q.mT @ self._q, self._z)
+
+    @property
+    def exchange_bytes(self) -> int:
+        return 4 * max(self._spec.n * self._k, self._spec.m * (self._k + _PROBES))
+
+    @classmethod
+    def merging(cls, group: Sequence[Streaming], scale: float) -> Iterator[Tensor]:
+        """The range finder on the sum S of the ranks' Q Z, which is formed nowhere (design §4.7).
+
+            V = orth(Sᵀ Ω),   Q = orth(S V),   Z = Qᵀ S
+
+        Ω is the same on all ranks, so each of the three is a sum over ranks.
+        """
+        first = group[0]
+        device, k = first._q.device, first._k
+        q = torch.stack([streaming._q.to(device) for streaming in group])
+        z = torch.stack([streaming._z.to(device) for streaming in group]).mul_(scale)
+        omega = torch.stack([test_matrix(first._spec.m, k, s._spec.seed + 2, device) for s in group])
+        sketch = z.mT @ (q.mT @ omega)
+        yield sketch
+        v = _basis(sketch)
+        # what the probes saw is a sum over ranks already, and travels with the second
+        probed = torch.stack([streaming._probed.to(device) for streaming in group]).mul_(scale)
+        reached = torch.cat((q @ (z @ v), probed), dim=2)
+        yield reached
+        merged_q = _basis(reached[..., :k])
+        merged_z = (merged_q.mT @ q) @ z
+        yield merged_z
+        for streaming, *state in zip(group, merged_q, merged_z, reached[..., k:], strict=True):
+            for own, merged in zip((streaming._q, streaming._z, streaming._probed), state, strict=True):
+                own.copy_(merged)
 
     def finish(self, divisor: float) -> Estimate:
         factors, spectrum = factorize(self._q, self._z, self._spec.rank)

@@ -37,7 +37,14 @@ _WRITERS = {
 _KINDS: dict[str, type[TwoHalves]] = {"anchor": AnchoredLinear, "subtract": ShiftedLinear}
 
 
-def write_start(peft_model: PeftModel, adapter_name: str, starts: Mapping[str, Start], offset: str) -> None:
+def write_start(
+    peft_model: PeftModel,
+    adapter_name: str,
+    starts: Mapping[str, Start],
+    offset: str,
+    *,
+    confirm: Callable[[], object] = lambda: None,
+) -> None:
     """Give the layers of an adapter their start; all of them, or none if anything fails.
 
     With `"subtract"` the base weights change; while it runs, a copy of them is held in host memory.
@@ -48,6 +55,7 @@ def write_start(peft_model: PeftModel, adapter_name: str, starts: Mapping[str, S
         starts (`dict[str, tuple[Tensor, Tensor]]`): A0 (r, n) and B0 (m, r) by `AdapterSlot.name`. Layers that are
             missing stay an ordinary LoRA.
         offset (`str`): `"anchor"`, `"subtract"`, `"zero-b"` or `"none"`.
+        confirm (callable): called when all is written; if it raises, nothing was.
 
     Raises:
         ValueError: the adapter cannot be initialised (see `check_adapter`), the offset does not go with the model
@@ -78,6 +86,7 @@ def write_start(peft_model: PeftModel, adapter_name: str, starts: Mapping[str, S
             kept = ranks_and_alphas(peft_model, adapter_name, unsupported)
             plain = double_rank(plain, offset, {slot.name: slot.rank for slot in slots}, kept)
         peft_model.peft_config[adapter_name] = plain
+        confirm()
     except BaseException:
         for restore in undo:
             restore()
