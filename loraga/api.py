@@ -20,6 +20,7 @@ from loraga.linalg import seed_of, truncated_svd
 from loraga.offsets import AdapterSlot
 from loraga.quiet import rng_untouched
 from loraga.report import INITIALISED, ORDINARY, InitReport, LayerReport, effective_rank
+from loraga.sharding import check_injectable, check_layers, check_sharding, is_distributed
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -70,17 +71,22 @@ def fast_init(
             go with the base model. The message names the layer or value and what to do.
         TypeError: a batch is no mapping and there is no `loss_fn`.
     """
-    init = _checked(init, max_batches)
-    plain = not isinstance(model, adapters.PeftModel)
-    if not plain and lora_config is not None:
-        raise ValueError(
-            f"The model is a PeftModel already, so adapter {adapter_name!r} keeps its own config; leave lora_config "
-            "out, or pass the base model."
-        )
-    restore = adapters.snapshot(model) if plain else None
+    restore = None
     try:
         # parameters made in inference mode could never be trained
         with Ranks() as ranks, torch.inference_mode(False), rng_untouched():
+            init = _checked(init, max_batches)
+            model = adapters.inner_model(model)
+            plain = not isinstance(model, adapters.PeftModel)
+            if not plain and lora_config is not None:
+                raise ValueError(
+                    f"The model is a PeftModel already, so adapter {adapter_name!r} keeps its own config; leave "
+                    "lora_config out, or pass the base model."
+                )
+            check_sharding(model)
+            if plain:
+                check_injectable(model)
+            restore = adapters.snapshot(model) if plain else None
             peft_model = _inject(model, lora_config, adapter_name, seed) if plain else model
             adapters.check_adapter(peft_model, adapter_name)
             slots, unsupported = adapters.find_slots(peft_model, adapter_name)
@@ -91,6 +97,7 @@ def fast_init(
                 )
             for slot in slots:
                 recipes.check_rank(slot.name, slot.shape, slot.rank, init)
+            check_layers(model, {slot.name: slot.base_layer for slot in slots})
             adapters.check_offset(peft_model, adapter_name, init.offset)
             with adapters.adapters_disabled(peft_model):
                 estimation = estimate(
@@ -157,23 +164,27 @@ def estimate_factors(
     Raises:
         ValueError, TypeError: as [`fast_init`].
     """
-    init = _checked(InitConfig(estimator=estimator), max_batches)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank={rank!r} must be a whole number of at least 1.")
-    targets = adapters.find_target_names(model, target_modules)
-    with Ranks() as ranks, rng_untouched(), adapters.adapters_disabled(model):
-        estimation = estimate(
-            model,
-            targets,
-            dict.fromkeys(targets, rank),
-            loader,
-            init,
-            ranks,
-            loss_fn=loss_fn,
-            max_batches=max_batches,
-            seed=seed,
-            show_progress_bar=show_progress_bar,
-        )
+    with Ranks() as ranks, rng_untouched():
+        init = _checked(InitConfig(estimator=estimator), max_batches)
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"rank={rank!r} must be a whole number of at least 1.")
+        model = adapters.inner_model(model)
+        check_sharding(model)
+        targets = adapters.find_target_names(model, target_modules)
+        check_layers(model, targets)
+        with adapters.adapters_disabled(model):
+            estimation = estimate(
+                model,
+                targets,
+                dict.fromkeys(targets, rank),
+                loader,
+                init,
+                ranks,
+                loss_fn=loss_fn,
+                max_batches=max_batches,
+                seed=seed,
+                show_progress_bar=show_progress_bar,
+            )
     unseen = {name: reason for name in targets if (reason := _why_unseen(name, estimation))}
     if unseen and ranks.first:
         listed = _listed([f"{name} ({reason})" for name, reason in unseen.items()])
@@ -203,6 +214,10 @@ def _start(slot: AdapterSlot, factors: Factors, init: InitConfig, seed: int) -> 
     """A0 (r, n) and B0 (m, r) of one layer."""
     sigma = None
     if init.method == "lora-ga" and init.scale == "weight-svd":
+        if is_distributed(slot.base_layer.weight):
+            raise ValueError(
+                f"scale='weight-svd' needs the whole weight of {slot.name!r}, which is sharded; use scale='stable'."
+            )
         sigma = truncated_svd(adapters.base_weight(slot), slot.rank, seed=seed_of(seed, slot.name)).S
     return recipes.start(factors, slot.rank, init, scaling=slot.scaling, name=slot.name, seed=seed, weight_sigma=sigma)
 

@@ -57,7 +57,8 @@ class Ranks:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.size, self.index = dist.get_world_size(), dist.get_rank()
             store = dist.distributed_c10d._get_default_store()  # there is no public way to it
-            self._timeout = store.timeout  # that of the process group, which it was made with
+            # that of the process group, which the store was made with
+            self._timeout = store.timeout  # type: ignore[attr-defined]
             call = store.add(f"loraga/calls/{self.index}", 1)
             self._store = dist.PrefixStore(f"loraga/{call}/", store)
 
@@ -225,11 +226,6 @@ class Ranks:
             if not self._store.check([key]) or int(self._store.get(key)) < self._met:
                 behind.append(str(rank))
         return f"rank{'s' if len(behind) > 1 else ''} {', '.join(behind)}"
-
-
-def works_together(parameters: Iterable[Tensor]) -> bool:
-    """Does a forward pass over these parameters wait for other ranks, as that of sharded ones does?"""
-    return any(hasattr(parameter, "device_mesh") for parameter in parameters)
 
 
 def merge(ranks: Ranks, estimators: Mapping[str, Estimator], scale: float) -> None:

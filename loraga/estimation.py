@@ -18,10 +18,11 @@ from torch.nn.utils.rnn import PackedSequence
 from tqdm.auto import tqdm
 
 from loraga.config import InitConfig
-from loraga.distributed import Ranks, merge, works_together
+from loraga.distributed import Ranks, merge
 from loraga.estimators import Dense, Estimate, Estimator, LayerSpec, Streaming
 from loraga.linalg import seed_of
 from loraga.quiet import quiet
+from loraga.sharding import is_sharded, resharded
 from loraga.taps import Taps
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -76,7 +77,7 @@ def estimate(
         RankFailed: another rank raised.
     """
     show = show_progress_bar and ranks.first
-    together = works_together(model.parameters())
+    together = is_sharded(model)
     total = _count(loader, max_batches)
     ranks.agree(targets=tuple(wanted.items()), options=config, seed=seed, sharded=together)
     many = bool(ranks.meet(votes=total is None or total > _BFLOAT16_LIMIT))
@@ -84,7 +85,7 @@ def estimate(
     collector.prepare(targets)
     device = _input_device(model)
     started = time.perf_counter()
-    with quiet(model), Taps(targets, collector.sink) as taps:
+    with resharded(model), quiet(model), Taps(targets, collector.sink) as taps:
         bar = tqdm(total=total, desc="loraga: gradients", unit="batch", disable=not show)
         with bar:
             for index, batch in enumerate(ranks.batches(itertools.islice(loader, max_batches), together)):

@@ -23,7 +23,8 @@ from loraga.integrations._slots import (
     ranks_and_alphas,
     short_name,
 )
-from loraga.offsets import AdapterSlot, AnchoredLinear, ShiftedLinear, TwoHalves
+from loraga.offsets import AdapterSlot, AnchoredLinear, ShardedAnchoredLinear, ShiftedLinear, TwoHalves
+from loraga.sharding import is_sharded
 from loraga.snapshot import structure, tensors
 
 Start = tuple[torch.Tensor, torch.Tensor]
@@ -170,14 +171,36 @@ def _check_in_memory(peft_model: PeftModel, adapter_name: str, others: Iterable[
 
 
 def check_offset(peft_model: PeftModel, adapter_name: str, offset: str) -> None:
-    """Raise `ValueError` unless `offset` can be applied: any but `"subtract"` can, always.
+    """Raise `ValueError` unless `offset` can be applied to this adapter.
 
-    `"subtract"` needs base weights that are not quantized, not shared with another module, and not used by other
+    All but `"subtract"` can, except in a sharded model to DoRA and to adapters started before they were sharded.
+    `"subtract"` needs base weights that are not quantized, sharded, shared with another module, or used by other
     adapters. The message names the layer and the offsets that work.
     """
     check_choice("offset", offset, OFFSETS)
+    slots = find_slots(peft_model, adapter_name)[0]
+    if is_sharded(peft_model):
+        _check_sharded(slots, adapter_name, offset)
     if offset == "subtract":
-        _check_subtractable(peft_model, adapter_name, find_slots(peft_model, adapter_name)[0])
+        _check_subtractable(peft_model, adapter_name, slots)
+
+
+def _check_sharded(slots: list[AdapterSlot], adapter_name: str, offset: str) -> None:
+    if offset == "subtract":
+        raise ValueError(
+            "offset='subtract' does not change the weights of a sharded model; use offset='anchor' or 'zero-b', or "
+            "initialise before fully_shard."
+        )
+    for slot in slots:
+        if _magnitude(slot, adapter_name) is not None:
+            raise ValueError(
+                f"The DoRA magnitude of {slot.name!r} is the norm of a sharded weight; initialise before fully_shard."
+            )
+        if isinstance(slot.lora_A, TwoHalves) and not isinstance(slot.lora_A, ShardedAnchoredLinear):
+            raise ValueError(
+                f"The adapter of {slot.name!r} was initialised before it was sharded, and FSDP2 knows its parameters "
+                "by name. Initialise it anew on the model as it was before fully_shard."
+            )
 
 
 def _check_subtractable(peft_model: PeftModel, adapter_name: str, slots: list[AdapterSlot]) -> None:

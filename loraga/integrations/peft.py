@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from loraga.integrations._files import attach_anchor, export_adapter
 from loraga.integrations._slots import adapters_disabled, base_weight, check_adapter, find_slots, quantized
-from loraga.integrations._targets import find_target_names, inject
+from loraga.integrations._targets import find_target_names, inject, inner_model
 from loraga.integrations._writing import check_offset, restore_base, write_start
 from loraga.resume import watch_optimizers
 from loraga.snapshot import snapshot
@@ -25,6 +25,7 @@ __all__ = [
     "find_slots",
     "find_target_names",
     "inject",
+    "inner_model",
     "quantized",
     "restore_base",
     "snapshot",
