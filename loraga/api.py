@@ -76,8 +76,9 @@ def fast_init(
         # parameters made in inference mode could never be trained
         with Ranks() as ranks, torch.inference_mode(False), rng_untouched():
             init = _checked(init, max_batches)
-            model = adapters.inner_model(model)
-            plain = not isinstance(model, adapters.PeftModel)
+            inner = adapters.inner_model(model)
+            plain = not isinstance(inner, adapters.PeftModel)
+            model = model if plain else inner
             if not plain and lora_config is not None:
                 raise ValueError(
                     f"The model is a PeftModel already, so adapter {adapter_name!r} keeps its own config; leave "

@@ -100,7 +100,7 @@ class TwoHalves(nn.Linear):
                 error_msgs.append(f"{key}: {problem}")
             else:
                 trained, frozen = whole.chunk(2, dim=self.rank_dim)
-                inner[prefix + self.trained_name] = trained.clone()
+                inner[prefix + self.trained_name] = filled(self.trained, trained.clone())
                 self._adopt(gathered(frozen), assign=local_metadata.get("assign_to_params_buffers", False))
         super()._load_from_state_dict(inner, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         # torch knows the trained half by its inner name; callers know only `weight`
@@ -145,15 +145,6 @@ class AnchoredLinear(TwoHalves):
                 self.frozen.copy_(frozen)
 
 
-class ShardedAnchoredLinear(AnchoredLinear):
-    """`anchor` on an adapter that FSDP2 has sharded: it puts parameters back under the name they had, `weight`.
-
-    The attribute `weight` is the concatenation also here; the parameter is found by way of the module's parameters.
-    """
-
-    trained_name = "weight"
-
-
 class ShiftedLinear(TwoHalves):
     """`subtract`: an ordinary rank-r layer over a base that holds the frozen half already; only saving knows it."""
 
@@ -178,8 +169,6 @@ class ShiftedLinear(TwoHalves):
 
 def _add_half(linear: nn.Linear, kind: type[TwoHalves], rank_dim: int, frozen: torch.Tensor) -> None:
     """Turn `linear` into `kind`, its weight being the trained half."""
-    if kind is AnchoredLinear and is_distributed(linear.weight):
-        kind = ShardedAnchoredLinear
     # the dict is rebuilt, so that the order of the parameters (and with it an optimizer's state) stays the same
     parameters = {kind.trained_name if k == "weight" else k: v for k, v in linear._parameters.items()}
     linear._parameters.clear()

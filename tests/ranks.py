@@ -69,5 +69,6 @@ def _work(rank: int, jobs: dict[str, tuple], directory: Path) -> None:
             result = error
             result.trace = traceback.format_exc()
         torch.save(result, directory / f"{name}.{rank}")
-        dist.barrier()
-        dist.destroy_process_group()
+        if name != list(jobs)[-1]:  # after the last one the process just ends
+            dist.barrier()
+            dist.destroy_process_group()

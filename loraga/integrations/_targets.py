@@ -28,8 +28,7 @@ _WRAPPERS = {nn.DataParallel: "module", nn.parallel.DistributedDataParallel: "mo
 def inner_model(model: nn.Module) -> nn.Module:
     """The model inside `DistributedDataParallel`, or `model` itself.
 
-    All that the wrapper adds is averaging weight gradients over ranks, of which there are none here. Around a model
-    without adapters it stays, for `inject` to refuse.
+    All that the wrapper adds is averaging weight gradients over ranks, of which there are none here.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.module

@@ -23,8 +23,8 @@ from loraga.integrations._slots import (
     ranks_and_alphas,
     short_name,
 )
-from loraga.offsets import AdapterSlot, AnchoredLinear, ShardedAnchoredLinear, ShiftedLinear, TwoHalves
-from loraga.sharding import is_sharded
+from loraga.offsets import AdapterSlot, AnchoredLinear, ShiftedLinear, TwoHalves
+from loraga.sharding import follow_names, is_sharded
 from loraga.snapshot import structure, tensors
 
 Start = tuple[torch.Tensor, torch.Tensor]
@@ -87,10 +87,12 @@ def write_start(
             kept = ranks_and_alphas(peft_model, adapter_name, unsupported)
             plain = double_rank(plain, offset, {slot.name: slot.rank for slot in slots}, kept)
         peft_model.peft_config[adapter_name] = plain
+        follow_names(peft_model)
         confirm()
     except BaseException:
         for restore in undo:
             restore()
+        follow_names(peft_model)
         peft_model.peft_config[adapter_name] = config
         raise
 
@@ -107,12 +109,14 @@ def restore_base(peft_model: PeftModel, adapter_name: str = "default") -> None:
         adapter_name (`str`): its name.
 
     Raises:
-        ValueError: the adapter was not initialised with `"subtract"`, or adapters are merged.
+        ValueError: the adapter was not initialised with `"subtract"`, adapters are merged, or the model is sharded.
     """
     config = peft_model.peft_config.get(adapter_name)
     if not isinstance(config, TwoHalvesConfig) or getattr(config, "offset", None) != "subtract":
         raise ValueError(f"Adapter {adapter_name!r} was not initialised with offset='subtract'; nothing to restore.")
     check_not_merged(peft_model)
+    if is_sharded(peft_model):
+        raise ValueError("The weights of this model are sharded; call restore_base before fully_shard.")
     slots = [slot for slot in find_slots(peft_model, adapter_name)[0] if isinstance(slot.lora_A, ShiftedLinear)]
     undo = _remember(slots, adapter_name, base_too=True)
     try:
@@ -173,7 +177,7 @@ def _check_in_memory(peft_model: PeftModel, adapter_name: str, others: Iterable[
 def check_offset(peft_model: PeftModel, adapter_name: str, offset: str) -> None:
     """Raise `ValueError` unless `offset` can be applied to this adapter.
 
-    All but `"subtract"` can, except in a sharded model to DoRA and to adapters started before they were sharded.
+    All but `"subtract"` can, except to DoRA in a sharded model.
     `"subtract"` needs base weights that are not quantized, sharded, shared with another module, or used by other
     adapters. The message names the layer and the offsets that work.
     """
@@ -195,11 +199,6 @@ def _check_sharded(slots: list[AdapterSlot], adapter_name: str, offset: str) -> 
         if _magnitude(slot, adapter_name) is not None:
             raise ValueError(
                 f"The DoRA magnitude of {slot.name!r} is the norm of a sharded weight; initialise before fully_shard."
-            )
-        if isinstance(slot.lora_A, TwoHalves) and not isinstance(slot.lora_A, ShardedAnchoredLinear):
-            raise ValueError(
-                f"The adapter of {slot.name!r} was initialised before it was sharded, and FSDP2 knows its parameters "
-                "by name. Initialise it anew on the model as it was before fully_shard."
             )
 
 
