@@ -71,12 +71,17 @@ class Ranks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if self.size > 1 and error is not None and not isinstance(error, RankFailed):
+        if self.size == 1 or error is None or isinstance(error, RankFailed):
+            return
+        try:
+            if isinstance(error, RuntimeError):  # perhaps only because another rank left a collective of the forward
+                self.look()
             said = json.dumps({"rank": self.index, "error": f"{type(error).__name__}: {error}"})
-            try:
-                self._store.set(self._gate(self._met + 1), said)  # no rank can have passed it
-            except RuntimeError:
-                log.warning("rank %d could not tell the other ranks of its error", self.index)
+            self._store.set(self._gate(self._met + 1), said)  # no rank can have passed it
+        except RankFailed as first:
+            raise first from error
+        except RuntimeError:
+            log.warning("rank %d could not tell the other ranks of its error", self.index)
 
     def meet(self, votes: int = 0) -> int:
         """Wait until every rank has come here; the sum of everybody's `votes`.

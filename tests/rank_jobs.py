@@ -44,11 +44,6 @@ def estimate(model, loader, **kwargs):
     return loraga.estimate_factors(model, loader, rank=RANK, **kwargs)
 
 
-def excess(model, factors, loader) -> list[float]:
-    gradients = zoo.exact_gradients(model, list(factors), loader)
-    return [zoo.objective_excess(gradients[name], factors[name], zoo.R) for name in factors]
-
-
 # ---- data parallel
 
 
@@ -56,9 +51,14 @@ def sixteen(rank, world):
     """The same 16 batches, dealt out to the ranks."""
     model, loader = zoo.build("llama"), zoo.batches("llama", 16, rows=1)
     factors = estimate(model, loader[rank::world])
-    found = {"excess": excess(model, factors, loader)} if rank == 0 else {}
+    gradients = zoo.exact_gradients(model, list(factors), loader) if rank == 0 else {}
+    found = {"excess": [zoo.objective_excess(g, factors[name], zoo.R) for name, g in gradients.items()]}
     peft_model = zoo.init(model, loader[rank::world])
     report = peft_model.loraga_report
+    found["energy"] = []
+    for layer in report.layers if rank == 0 else ():
+        squares = torch.linalg.svdvals(gradients[layer.name]).square()
+        found["energy"].append(float(layer.captured_energy * squares.sum() / squares[:RANK].sum()))
     found["factors"] = digest({f"{n}.{k}": t for n, f in factors.items() for k, t in vars(f).items()})
     found["adapter"] = digest(adapter(peft_model))
     found["report"] = [vars(layer) for layer in report.layers]
@@ -80,19 +80,17 @@ def uneven(rank, world):
         warnings.simplefilter("always")
         report = zoo.init(zoo.build("llama"), shares[rank], loss_fn=loss).loraga_report
         factors = estimate(model, shares[rank], loss_fn=loss)
-    return {
-        "excess": excess(model, factors, loader[:6] + loader[7:]) if rank == 0 else None,
-        "spectrum": {name: found.S for name, found in factors.items()},
-        "exact": {
-            n: torch.linalg.svdvals(g)[0]
-            for n, g in zoo.exact_gradients(model, list(factors), loader[:6] + loader[7:]).items()
-        }
-        if rank == 0
-        else None,
+    kept = loader[:6] + loader[7:]
+    found = {
         "counts": (report.micro_batches, report.skipped_batches),
         "layers": {(layer.updates, layer.skipped) for layer in report.layers},
         "warnings": sum("NaN or Inf" in str(w.message) for w in caught),
     }
+    if rank == 0:
+        gradients = zoo.exact_gradients(model, list(factors), kept)
+        found["excess"] = [zoo.objective_excess(gradients[name], f, zoo.R) for name, f in factors.items()]
+        found["norm"] = [float(f.S[0] / torch.linalg.svdvals(gradients[name])[0]) for name, f in factors.items()]
+    return found
 
 
 class Own(nn.Linear):
@@ -285,11 +283,11 @@ def whole(rank, world, offset):
     """What the sharded runs are held against: one process, all batches."""
     model = zoo.init(zoo.build("llama"), zoo.batches("llama", 4, rows=2), init=InitConfig(offset=offset, **EXACT))
     start = {name: value.clone() for name, value in adapter(model).items()}
-    return {"start": start, "losses": train(model, zoo.batches("llama", 4, rows=2), 3), "adapter": adapter(model)}
+    return {"start": start, "losses": train(model, zoo.batches("llama", 4, rows=2), 3)}
 
 
 def sharded(rank, world, offset, order, folder):
-    """Initialise before or after fully_shard, train, save as accelerate does."""
+    """Initialise before or after fully_shard, save as accelerate does, train, load."""
     loader = zoo.batches("llama", 4, rows=2)
     options = {"init": InitConfig(offset=offset, **EXACT)}
     if order == "before":
@@ -301,11 +299,11 @@ def sharded(rank, world, offset, order, folder):
         loraga.fast_init(model, loader[rank::world], show_progress_bar=False, **options)
     kinds = Counter(type(p).__name__ for p in model.parameters())
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    start = {n: v for n, v in get_model_state_dict(model, options=gathered).items() if "lora_" in n}
-    losses = train(model, loader, 3)
     state = get_model_state_dict(model, options=gathered)
     if rank == 0:
         model.save_pretrained(Path(folder) / f"{offset}-{order}", state_dict=state, save_embedding_layers=False)
+    losses = train(model, loader, 3)
+    state = get_model_state_dict(model, options=gathered)
     # what was saved goes in again
     parts = {n: v.clone() for n, v in model.state_dict().items() if "lora_" in n}
     with torch.no_grad():
@@ -319,7 +317,7 @@ def sharded(rank, world, offset, order, folder):
     set_model_state_dict(
         model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     )
-    return {"kinds": kinds, "start": start, "losses": losses, "back": back}
+    return {"kinds": kinds, "losses": losses, "back": back}
 
 
 class Largest(TorchDispatchMode):
