@@ -46,10 +46,14 @@ def fast_init(
 
     With `init.offset="subtract"` the base weights change; with the default `"anchor"` and with `"zero-b"` they do not.
 
+    Where torch.distributed is initialised, every rank must make this call, each with its own batches; the mean is over
+    all of them, and the adapter the same on all ranks. If one raises, all do.
+
     Args:
         model (`nn.Module`): a plain model, which gets adapters as `get_peft_model` would give it, or a `PeftModel`,
-            whose adapter `adapter_name` is initialised anew. Modes, `requires_grad`, `.grad`, hooks and the global
-            random generators are as before afterwards, and the whole model is when anything raises.
+            also in `DistributedDataParallel` or sharded by FSDP2, whose adapter `adapter_name` is initialised anew.
+            Modes, `requires_grad`, `.grad`, hooks and the global random generators are as before afterwards, and the
+            whole model is when anything raises.
         loader (iterable): of batches. A mapping goes in as `model(**batch)`, its tensors moved to the model's device.
         lora_config (`peft.LoraConfig`, *optional*): for a plain model; left out, r 8, alpha 16, rsLoRA, all linear
             layers.
@@ -70,6 +74,7 @@ def fast_init(
             or Inf in every batch, an option out of range, an adapter that is not there, or an offset that does not
             go with the base model. The message names the layer or value and what to do.
         TypeError: a batch is no mapping and there is no `loss_fn`.
+        RuntimeError: another rank raised, or did not come within the process group's timeout.
     """
     restore = None
     try:
@@ -163,7 +168,7 @@ def estimate_factors(
         without NaN or Inf, are left out, with a warning that names them.
 
     Raises:
-        ValueError, TypeError: as [`fast_init`].
+        ValueError, TypeError, RuntimeError: as [`fast_init`], also in that every rank must call it.
     """
     with Ranks() as ranks, rng_untouched():
         init = _checked(InitConfig(estimator=estimator), max_batches)

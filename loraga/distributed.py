@@ -120,9 +120,7 @@ class Ranks:
             self._store.set("facts", json.dumps(mine))
         self.meet()
         theirs = json.loads(self._store.get("facts"))
-        differing = [
-            f"{key} ({mine[key][:200]} here, {theirs[key][:200]} there)" for key in mine if mine[key] != theirs[key]
-        ]
+        differing = [f"{key}: {_difference(mine[key], theirs[key])}" for key in mine if mine[key] != theirs[key]]
         if differing:
             raise ValueError(
                 f"Rank {self.index} and rank 0 do not initialise the same thing; they differ in {'; '.join(differing)}."
@@ -206,6 +204,8 @@ class Ranks:
             try:
                 self._store.wait([key], min(_SLICE, self._timeout))
                 return
+            except dist.DistNetworkError:
+                raise
             except RuntimeError:
                 waited = time.monotonic() - began
                 if waited >= limit:
@@ -231,6 +231,13 @@ class Ranks:
             if not self._store.check([key]) or int(self._store.get(key)) < self._met:
                 behind.append(str(rank))
         return f"rank{'s' if len(behind) > 1 else ''} {', '.join(behind)}"
+
+
+def _difference(here: str, there: str) -> str:
+    """Both texts from a little before they part."""
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(here, there, strict=False)))
+    start = max(common - 40, 0)
+    return f"{'...' * (start > 0)}{here[start:][:100]} here, {there[start:][:100]} there"
 
 
 def merge(ranks: Ranks, estimators: Mapping[str, Estimator], scale: float) -> None:
