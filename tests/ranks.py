@@ -18,7 +18,7 @@ import torch.distributed as dist
 TIMEOUT = datetime.timedelta(seconds=60)
 
 
-def launch(jobs: dict[str, tuple], directory: Path, limit: float = 200.0) -> dict[str, list]:
+def launch(jobs: dict[str, tuple], directory: Path, limit: float = 400.0) -> dict[str, list]:
     """Run jobs (function, world size, arguments) by name, function(rank, world, *arguments) on each rank.
 
     Returns:
