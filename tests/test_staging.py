@@ -29,7 +29,7 @@ def values(layer: Dense) -> torch.Tensor:
 
 def feed(layer: Dense, kind: str, seed: int, scale: float) -> torch.Tensor:
     """One update: through a pair, as a whole gradient, or either with a NaN."""
-    m, n = layer._spec.m, layer._spec.n
+    m, n = layer.spec.m, layer.spec.n
     g = torch.Generator().manual_seed(seed)
     if kind in ("pair", "bad pair"):
         x, dy = torch.randn(5, n, generator=g), torch.randn(5, m, generator=g)
