@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -145,6 +146,87 @@ def half(rank, world):
 
     gradients = zoo.exact_gradients(model.float(), list(factors), loader, weighted)
     return [float(f.S[0] / torch.linalg.svdvals(gradients[name])[0]) for name, f in factors.items()]
+
+
+class Conv(nn.Module):
+    """A convolution and an embedding that only some batches use, beside a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(30, 24)
+        self.conv = nn.Conv1d(24, 20, 3, padding=1)
+        self.up = nn.Linear(20, 30)
+
+    def forward(self, tokens, dense):
+        x = self.table.weight.new_ones(*tokens.shape, 24).cumsum(-1).sin() if dense else self.table(tokens)
+        logits = self.up(torch.tanh(self.conv(x.mT).mT))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten())}
+
+
+def not_linear(rank, world, estimator):
+    """Gradients that autograd forms; only rank 1 uses the embedding."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = [torch.randint(0, 30, (6, 9), generator=generator) for _ in range(4)]
+    loader = [{"tokens": t, "dense": i % world == 0} for i, t in enumerate(tokens)]
+    model, names = Conv(), ["table", "conv", "up"]
+    factors = loraga.estimate_factors(model, loader[rank::world], names, 8, estimator=estimator)
+    gradients = {name: g.flatten(1) for name, g in zoo.exact_gradients(model, names, loader).items()}
+    return {
+        "captured": [zoo.captured(gradients[name], factors[name]) for name in names],
+        "norm": [float(factors[n].S[0] / torch.linalg.svdvals(gradients[n])[0]) for n in names],
+        "digest": digest({f"{n}.{k}": t for n, f in factors.items() for k, t in vars(f).items()}),
+    }
+
+
+def peft_flow(rank, world, folder):
+    """PEFT's own calls with 3 and 1 batches, again from the cache, with a rank that fails, and of a sharded model."""
+    import peft
+
+    loraga.apply_to_peft()
+    loader = zoo.batches("llama", 4, rows=1)
+    options = {"init_lora_weights": "lora_ga", "lora_ga_config": peft.LoraGAConfig()}
+    cache = Path(folder) / "gradients.pt"
+
+    def start(model, share, fails=False, cache_file=None):
+        def step():
+            for batch in share:
+                model(**batch).loss.backward()
+            if fails:
+                raise OSError("bad step")
+
+        peft.preprocess_loraga(model, zoo.config(**options), step, cache_file=cache_file)
+        return get_peft_model(model, zoo.config(**options))
+
+    def outcome(model, *args):
+        try:
+            start(model, *args)
+            return "nothing"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    merged = start(zoo.build("llama"), loader[3 * rank : 3 + rank], cache_file=cache)
+    cached = start(zoo.build("llama"), [], cache_file=cache)
+    plain = zoo.build("llama")
+    before = zoo.everything_about(plain)
+    found = {
+        "counts": (merged.loraga_report.micro_batches, merged.loraga_report.ranks),
+        "merged": digest(merged.state_dict()),
+        "cached": digest(cached.state_dict()),
+        "failed": outcome(plain, loader[rank::world], rank == 1),
+    }
+    zoo.assert_same(before, zoo.everything_about(plain))
+    found["sharded"] = outcome(shard(zoo.build("llama")), loader)
+    loraga.restore_peft()
+    if rank == 0:
+        names = [layer.name for layer in merged.loraga_report.layers]
+        gradients = zoo.exact_gradients(zoo.build("llama"), names, loader)
+        found["excess"] = []
+        for name, g in gradients.items():
+            A, B = zoo.halves(merged, name)
+            a, b = torch.linalg.qr(A.double().T).Q, torch.linalg.qr(B.double()).Q
+            found["excess"].append(zoo.objective_excess(g, SimpleNamespace(Vh=a.T, U=torch.cat((b, b), 1)), zoo.R))
+    return found
 
 
 # ---- failures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import rank_jobs as jobs
 import ranks
@@ -16,6 +17,7 @@ import loraga
 pytestmark = pytest.mark.timeout(500)
 OFFSETS = ("anchor", "zero-b")
 ORDERS = ("before", "after")
+PEFT_HAS_LORA_GA = hasattr(peft, "preprocess_loraga")
 
 
 class Found(dict):
@@ -41,6 +43,9 @@ def found(tmp_path_factory):
         "routed streaming": (jobs.routed, 4, "streaming"),
         "routed dense": (jobs.routed, 2, "dense"),
         "half": (jobs.half, 2),
+        "not linear streaming": (jobs.not_linear, 2, "streaming"),
+        "not linear dense": (jobs.not_linear, 2, "dense"),
+        **({"peft flow": (jobs.peft_flow, 2, str(folder))} if PEFT_HAS_LORA_GA else {}),
         "failures": (jobs.failures, 4),
         "alone": (jobs.alone, 2),
         "ddp": (jobs.ddp, 2),
@@ -126,6 +131,27 @@ def test_layers_that_only_some_ranks_call(found, estimator):
 def test_float16_losses_scaled_by_each_rank_for_itself(found):
     for each in found["half"]:
         assert each == pytest.approx([1.0] * 3, rel=2e-3)
+
+
+@pytest.mark.parametrize("estimator", ["streaming", "dense"])
+def test_layers_that_are_not_linear(found, estimator):
+    first, second = found[f"not linear {estimator}"]
+    assert first["digest"] == second["digest"]
+    assert min(first["captured"]) > 0.999
+    assert first["norm"] == pytest.approx([1.0] * 3, rel=0.01)
+
+
+@pytest.mark.skipif(not PEFT_HAS_LORA_GA, reason="this PEFT has no LoRA-GA (it came with 0.19)")
+def test_pefts_own_calls(found):
+    """B15: the same base and adapter on all ranks, from the mean over all batches."""
+    first, second = found["peft flow"]
+    assert first["merged"] == second["merged"] == first["cached"] == second["cached"]
+    assert first["counts"] == second["counts"] == (4, 2)
+    assert sum(first["excess"]) / len(first["excess"]) <= 0.01
+    assert max(first["excess"]) <= 0.05
+    assert second["failed"] == "OSError: bad step"
+    assert first["failed"] == "RankFailed: Rank 1 stopped with OSError: bad step"
+    assert first["sharded"].startswith("ValueError: The weights of this model are sharded")
 
 
 # ---- failures

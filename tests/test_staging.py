@@ -131,6 +131,31 @@ def test_factors_from_host_memory_are_those_from_the_device():
     assert ours.energy == pytest.approx(theirs.energy, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buffers_in_host_memory_are_merged_over_ranks(dtype):
+    """Two ranks, played in one process; one of them has seen nothing."""
+    specs = [LayerSpec(f"layer{i}", 50, 40, 4, i, CPU) for i in range(2)]
+    plain, empty = ([Dense(spec, dtype) for spec in specs] for _ in range(2))
+    with Queues() as queues:
+        rings = [StagingRing(CPU, RING, queues) for _ in range(2)]
+        ranks = [[Dense(spec, dtype, ring) for spec in specs] for ring in rings]
+        for i in range(4):
+            for layer in (ranks[0][i % 2], plain[i % 2]):
+                feed(layer, "pair", i, 1.0)
+        for ring in rings:
+            ring.close()
+        for group in (ranks, (plain, empty)):
+            for parts in zip(*(Dense.merging(rank, 0.5) for rank in group), strict=True):
+                total = sum(parts)
+                for part in parts:
+                    part.copy_(total)
+        for rank in (*ranks, empty):
+            for ours, theirs in zip(rank, plain, strict=True):
+                assert values(ours).abs().max() > 0
+                torch.testing.assert_close(values(ours), values(theirs), rtol=0.02, atol=1e-2)
+    assert queues.races == []
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: ordering is checked by a race detector above")
 def test_on_a_gpu_the_sums_are_those_of_buffers_on_the_device():
     device = torch.device("cuda", torch.cuda.current_device())

@@ -35,7 +35,7 @@ from loraga.integrations._slots import slot_of
 from loraga.integrations._targets import find_targets
 from loraga.integrations._writing import check_alone, check_subtractable, start_of
 from loraga.linalg import seed_of, truncated_svd
-from loraga.report import written_whole
+from loraga.report import InitReport, written_whole
 from loraga.sharding import check_sharding, is_sharded
 
 # the releases whose LoRA-GA was read and run with the tests of this file
@@ -216,11 +216,12 @@ def _preprocess(
             it. Nothing is left at the model then.
         RankFailed: another rank raised.
     """
+    report = None
     with Ranks() as ranks:
         targets = _targets(model, lora_config)
         missing = cache_file is None or not os.path.exists(cache_file) or not os.path.getsize(cache_file)
         if ranks.any(missing):
-            found = _estimate(model, lora_config, targets, train_step, ranks)
+            found, report = _estimate(model, lora_config, targets, train_step, ranks)
             if cache_file is not None and ranks.first:
                 _write(cache_file, found)
         else:
@@ -229,16 +230,16 @@ def _preprocess(
             if ordinary and ranks.first:
                 summary.warn_of_ordinary(ordinary, _TO_CALLER - 1)
         ranks.meet()
-    _attach(targets, found)
+    _attach(model, targets, found, report)
 
 
 def _estimate_gradients(model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any]) -> None:
     """In place of `peft.tuners.lora.loraga.estimate_gradients`."""
     with Ranks() as ranks:
         targets = _targets(model, lora_config)
-        found = _estimate(model, lora_config, targets, train_step, ranks)
+        found, report = _estimate(model, lora_config, targets, train_step, ranks)
         ranks.meet()
-    _attach(targets, found)
+    _attach(model, targets, found, report)
 
 
 def _targets(model: nn.Module, lora_config: LoraConfig) -> list[_Target]:
@@ -300,7 +301,7 @@ def _options(lora_ga_config: Any) -> InitConfig:
 
 def _estimate(
     model: nn.Module, lora_config: LoraConfig, targets: list[_Target], train_step: Callable[[], Any], ranks: Ranks
-) -> _Found:
+) -> tuple[_Found, InitReport]:
     init = _options(lora_config.lora_ga_config)
     estimation = estimate_step(
         model,
@@ -316,14 +317,18 @@ def _estimate(
         raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")
     if ranks.first:
         summary.warn_about(report, _TO_CALLER)
-    model.loraga_report = report  # type: ignore[assignment]  # PEFT hands it on to the PeftModel
-    return {
+    found: _Found = {
         layer.name: estimation.estimates[layer.name].factors if layer.initialised else layer.reason
         for layer in report.layers
     }
+    return found, report
 
 
-def _attach(targets: list[_Target], found: Mapping[str, Factors | str]) -> None:
+def _attach(
+    model: nn.Module, targets: list[_Target], found: Mapping[str, Factors | str], report: InitReport | None
+) -> None:
+    if report is not None:
+        model.loraga_report = report  # type: ignore[assignment]  # PEFT hands it on to the PeftModel
     for target in targets:
         factors = found[target.name]
         vars(target.module).pop(_ATTRIBUTE, None)  # of an earlier run
