@@ -156,6 +156,20 @@ def test_buffers_in_host_memory_are_merged_over_ranks(dtype):
     assert queues.races == []
 
 
+def test_a_buffer_is_overwritten_behind_what_is_on_its_way():
+    with Queues() as queues:
+        ring = StagingRing(CPU, RING, queues)
+        staged, plain = layers(ring, torch.float32)[0], layers(None, torch.float32)[0]
+        feed(staged, "pair", 0, 1.0)
+        ring.store(staged._host, torch.ones(*SHAPES[0]))
+        plain._g.fill_(1.0)
+        for layer in (staged, plain):
+            feed(layer, "pair", 1, 1.0)
+        ring.close()
+        torch.testing.assert_close(values(staged), values(plain), rtol=1e-5, atol=1e-5)
+    assert queues.races == []
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: ordering is checked by a race detector above")
 def test_on_a_gpu_the_sums_are_those_of_buffers_on_the_device():
     device = torch.device("cuda", torch.cuda.current_device())
