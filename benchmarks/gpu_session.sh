@@ -54,7 +54,7 @@ section build 120 env LORAGA_CUDA=1 LORAGA_CUDA_ARCHITECTURES="${LORAGA_CUDA_ARC
     "$python" -m pip install --no-build-isolation --no-deps --no-index -e .
 section tests 120 "$python" -m pytest -q --deselect tests/kernels/test_aot.py tests/kernels tests/native
 section sanitize 150 sanitize
-section kernels 120 "$python" benchmarks/kernels.py --output "$out/kernels-gpu.json"
+section kernels 120 "$python" benchmarks/roofline.py --output "$out/kernels-gpu.json"
 section native 30 "$python" benchmarks/native.py --device cuda --batches 1 32 224 --output "$out/native-gpu.json"
 # Llama-2-7B shape in bfloat16, random weights, 64 x 1024 tokens
 whole() { # whole NAME SECONDS ROWS BATCHES RANK CASE...
