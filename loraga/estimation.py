@@ -160,13 +160,7 @@ class _Collector:
                 f"and rank={rank} were asked for; lower the rank or leave the layer out."
             )
         spec = LayerSpec(name, m, n, rank, seed_of(self._seed, name), device)
-        if self._config.estimator == "streaming":
-            return Streaming(spec, self._micro_batches) if Streaming.pays(spec) else Dense(spec)
-        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(self._config.buffer_dtype)
-        if dtype is None:
-            few = self._micro_batches is not None and self._micro_batches <= _BFLOAT16_LIMIT
-            dtype = torch.bfloat16 if few else torch.float32
-        return Dense(spec, dtype, host=self._config.buffer_device == "cpu")
+        return make_estimator(spec, self._config, self._micro_batches)
 
     def absorb(self, loss_of: Callable[[], Tensor], taps: Taps) -> None:
         """One micro-batch: forward, backward, and every target's update on the way."""
@@ -217,6 +211,17 @@ class _Collector:
     def any_kept(self) -> bool:
         """Did any layer sum anything?"""
         return any(int(count) < self.updates[name] for name, count in self.skipped.items())
+
+
+def make_estimator(spec: LayerSpec, config: InitConfig, micro_batches: int | None) -> Estimator:
+    """What follows the gradient of one layer, by what was asked for and what pays."""
+    if config.estimator == "streaming":
+        return Streaming(spec, micro_batches) if Streaming.pays(spec) else Dense(spec)
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(config.buffer_dtype)
+    if dtype is None:
+        few = micro_batches is not None and micro_batches <= _BFLOAT16_LIMIT
+        dtype = torch.bfloat16 if few else torch.float32
+    return Dense(spec, dtype, host=config.buffer_device == "cpu")
 
 
 def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, index: int) -> Tensor:

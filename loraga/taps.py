@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraga.precision import without_autocast
+
 Sink = Callable[[str, Tensor, Tensor], None]
 
 
@@ -34,7 +36,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         (x,) = ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(dy.device):
             ctx.sink(ctx.name, *_matrices(x, dy))
         return dy, None, None, None, None
 

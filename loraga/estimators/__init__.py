@@ -2,7 +2,17 @@
 
 from loraga.estimators.base import Estimate, Estimator, LayerSpec
 from loraga.estimators.dense import Dense
-from loraga.estimators.finishing import finish
+from loraga.estimators.finishing import finish, finish_in_chunks
 from loraga.estimators.streaming import Streaming, power_steps, sketch_width
 
-__all__ = ["Dense", "Estimate", "Estimator", "LayerSpec", "Streaming", "finish", "power_steps", "sketch_width"]
+__all__ = [
+    "Dense",
+    "Estimate",
+    "Estimator",
+    "LayerSpec",
+    "Streaming",
+    "finish",
+    "finish_in_chunks",
+    "power_steps",
+    "sketch_width",
+]

@@ -40,6 +40,10 @@ class Dense:
     def state_bytes(self) -> int:
         return self._g.numel() * self._g.element_size()
 
+    @property
+    def merged_bytes(self) -> int:
+        return 4 * self._g.numel()  # summed over ranks in float32
+
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         if self._host:
             g = self._g.to(self._spec.device, non_blocking=True)

@@ -77,12 +77,22 @@ class Streaming:
         return spec.m * spec.n > 2 * sketch_width(spec.rank) * (spec.m + spec.n)
 
     @property
+    def columns(self) -> int:
+        """k, the width of the sketch."""
+        return self._k
+
+    @property
     def kind(self) -> Hashable:
         return Streaming, self._spec.m, self._spec.n, self._spec.rank, self._spec.device
 
     @property
     def state_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self._q, self._z, self._probes, self._probed))
+
+    @property
+    def merged_bytes(self) -> int:
+        # SᵀΩ (n, k), S V and what the probes saw (m, k + probes), Qᵀ S (k, n): three sums over ranks
+        return sum(t.numel() * t.element_size() for t in (self._z, self._q, self._probed, self._z))
 
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         # NaN or Inf in x or dy makes `left` not finite and all that follows worthless: `commit_` drops it at the end
