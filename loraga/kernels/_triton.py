@@ -1,7 +1,7 @@
 """What every kernel file shares: how kernels run here, what is compiled ahead of time, and split sums.
 
 With `TRITON_INTERPRET=1` set before Triton is imported, kernels run on the CPU, one program after another. Arithmetic
-on bfloat16 values is silently wrong there, so kernels take a constant WIDEN that turns loaded values into float32 first.
+on bfloat16 values is silently wrong there, so kernels take a constant WIDEN that makes loaded values float32 first.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     right_product:  scale · (dY Q)ᵀ X + C Z            dY is read once, X is read once
 
 Launches of a whole update of one layer (`estimators/streaming.py`), not the first: orthonormal basis of Zᵀ 4, Z V 1, V
-beside the probes 1, in the dtype of X 1, left product 2, orthonormal basis of Y 4, Q'ᵀQ 1, Q' in the dtype of X 1, right
-product 2, commit 2: 19, and one more for each product whose sum is cut into parts. Layers are not batched here: to wait
-for a sibling would mean to keep activations and gradients that backward is about to free.
+beside the probes 1, in the dtype of X 1, left product 2, orthonormal basis of Y 4, Q'ᵀQ 1, Q' in the dtype of X 1,
+right product 2, commit 2: 19, and one more for each product whose sum is cut into parts. Layers are not batched here:
+to wait for a sibling would mean to keep activations and gradients that backward is about to free.
 """
 
 from __future__ import annotations
