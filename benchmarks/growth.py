@@ -66,7 +66,7 @@ WIDE = Point(width=1536, depth=1)
 SWEEPS = {
     "tokens": [replace(BASE, tokens=tokens) for tokens in (256, 512, 1024, 2048)],
     "width": [replace(BASE, width=width) for width in (256, 512, 768, 1024)],
-    "depth": [replace(BASE, depth=depth) for depth in (2, 4, 8, 16)],
+    "depth": [replace(BASE, depth=depth) for depth in (1, 2, 4, 8)],
     "rank": [replace(WIDE, rank=rank) for rank in (8, 16, 32)],
     "micro_batches": [replace(BASE, micro_batches=count) for count in (1, 2, 4, 8)],
 }

@@ -149,11 +149,15 @@ class _Counting(TorchDispatchMode):
                 return getattr(default, func._schema.name.split("::")[1])(*args, **kwargs)
         if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True
+        if func._overloadpacket not in _FORMULAS:
+            with self:  # what is made of other ops comes here whole where autograd did not take it apart
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         out = func(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         new = [self._run._made(result) for result in results]
-        packet = func._overloadpacket
-        formula = _FORMULAS.get(packet)
+        formula = _FORMULAS.get(func._overloadpacket)
         flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
         if any(new) or func._schema.is_mutable:
             operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

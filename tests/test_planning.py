@@ -184,10 +184,10 @@ def test_extrapolation_of_two_stacks(monkeypatch):
 
 
 def test_checkpointing_saves_memory_and_costs_a_forward():
-    plain, again = (planned(small_llama(layers=5), rows=4, checkpointing=way) for way in (False, True))
+    plain, again = (planned(small_llama(layers=8), rows=8, checkpointing=way) for way in (False, True))
     assert plain.peaks == again.peaks
     for what in ("initialisation", "LoRA training step"):
-        assert plain.peaks[what + CHECKPOINTED] < 0.8 * plain.peaks[what]
+        assert plain.peaks[what + CHECKPOINTED] < 0.7 * plain.peaks[what]
     assert 1.2 < again.model_flops / plain.model_flops < 1.5
     assert plain.update_flops == again.update_flops
 
