@@ -25,10 +25,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import _machine
-import loraga.api  # in the parent, so that not every process waits for libraries
 import torch
-import transformers.models.llama.modeling_llama  # likewise
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 from whole_run import PeakMemory, batches
+
+import loraga
+from loraga.integrations._named import without_weights
+from loraga.planning import CHECKPOINTED, plan
 
 MMAP_THRESHOLD = "131072"
 VOCABULARY = 4096
@@ -79,8 +83,6 @@ OTHERS = [
 
 
 def llama_config(shape: tuple[int, int, int, int, int, int]):
-    from transformers import LlamaConfig
-
     hidden, intermediate, layers, heads, kv_heads, vocabulary = shape
     return LlamaConfig(
         vocab_size=vocabulary,
@@ -94,20 +96,14 @@ def llama_config(shape: tuple[int, int, int, int, int, int]):
 
 
 def lora_config(rank: int):
-    from peft import LoraConfig
-
     return LoraConfig(r=rank, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def initialise(model, data, rank: int) -> None:
-    import loraga
-
     loraga.fast_init(model, data, lora_config(rank), show_progress_bar=False)
 
 
 def train(model, data, rank: int) -> None:
-    from peft import get_peft_model
-
     peft_model = get_peft_model(model, lora_config(rank)).train()
     optimizer = torch.optim.AdamW((p for p in peft_model.parameters() if p.requires_grad), lr=1e-4)
     for batch in data:
@@ -118,8 +114,6 @@ def train(model, data, rank: int) -> None:
 
 def measure(point: Point) -> dict:
     """Seconds and peak bytes of one point, in this process."""
-    from transformers import LlamaForCausalLM
-
     warnings.simplefilter("ignore")
     run = {"initialisation": initialise, "training": train}[point.case]
     small = LlamaForCausalLM(llama_config((256, 512, 2, 4, 2, VOCABULARY)))
@@ -138,9 +132,6 @@ def measure(point: Point) -> dict:
 
 def predict(point: Point) -> dict:
     """The peak that `loraga plan` foretells."""
-    from loraga.integrations._named import without_weights
-    from loraga.planning import CHECKPOINTED, plan
-
     model = without_weights(llama_config(point.shape), "AutoModelForCausalLM", torch.float32)
     planned = plan(
         model, lora_config(point.rank), rows=point.rows, length=point.length, micro_batches=point.micro_batches

@@ -1,7 +1,4 @@
-"""The command `loraga`.
-
-`init` writes an adapter that any trainer can start from, `plan` predicts what that will need, `env` says what is active.
-"""
+"""The command `loraga`: `init` writes an adapter for any trainer, `plan` says what it will need, `env` what is active."""
 
 from __future__ import annotations
 

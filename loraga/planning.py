@@ -10,7 +10,7 @@ counted grows by the same amount with each further block, as long as peaks are t
 from __future__ import annotations
 
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -32,12 +32,12 @@ from loraga.taps import Taps
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+# numbers by what they count
+Found = defaultdict[Any, float]
 META = torch.device("meta")
 # blocks of a run that are looked at; with one more the growth per block is known
 _BLOCKS = 3
 _MOMENTS = 2  # of AdamW, for each trained number
-
-
 
 
 @dataclass(frozen=True)
@@ -231,14 +231,14 @@ class _Trial:
         spec = LayerSpec(slot.name, *slot.shape, self._init.triplets(slot.rank), 0, META)
         return make_estimator(spec, self._init, self._micro_batches)
 
-    def gradients(self, checkpointing: bool) -> Counter[Any]:
+    def gradients(self, checkpointing: bool) -> Found:
         """Forward, backward and updates of a micro-batch: what `_extrapolated` says, updates apart.
 
         `("first" or "later", "seconds")` are those of updates, `("later", shape)` their flops.
         """
         return self._extrapolated(self._gradients, checkpointing)
 
-    def training(self, checkpointing: bool) -> Counter[Any]:
+    def training(self, checkpointing: bool) -> Found:
         """Forward and backward of a LoRA training step."""
         return self._extrapolated(self._training, checkpointing)
 
@@ -253,9 +253,9 @@ class _Trial:
                 factors |= chunk
         return cost
 
-    def _gradients(self, run: DryRun) -> Counter[Any]:
+    def _gradients(self, run: DryRun) -> Found:
         slots = {slot.name: slot for slot in adapters.find_slots(self._peft_model, "default")[0]}
-        found: Counter[Any] = Counter()
+        found: Found = defaultdict(float)
 
         def sink(name: str, x: Tensor, dy: Tensor) -> None:
             first, later = self._update(run, slots[name], x, dy)
@@ -266,10 +266,10 @@ class _Trial:
 
         base = self._peft_model.base_model.model
         states = [self.estimator(slot).state_bytes for slot in slots.values()]
-        with adapters.adapters_disabled(self._peft_model), quiet(base):
-            with Taps({name: slot.base_layer for name, slot in slots.items()}, sink) as taps, run:
-                run.live += sum(states)
-                taps.backward(base(**self._batch).loss)
+        taps = Taps({name: slot.base_layer for name, slot in slots.items()}, sink)
+        with adapters.adapters_disabled(self._peft_model), quiet(base), taps, run:
+            run.live += sum(states)
+            taps.backward(base(**self._batch).loss)
         return found
 
     def _update(self, run: DryRun, slot: AdapterSlot, x: Tensor, dy: Tensor) -> tuple[Cost, Cost]:
@@ -285,34 +285,32 @@ class _Trial:
             self._updates[key] = first, later
         return self._updates[key]
 
-    def _training(self, run: DryRun) -> Counter[Any]:
+    def _training(self, run: DryRun) -> Found:
         self._peft_model.train()
         with run:
             self._peft_model(**self._batch).loss.backward()
         self._peft_model.zero_grad()
-        return Counter()
+        return defaultdict(float)
 
-    def _extrapolated(self, computation: Callable[[DryRun], Counter[Any]], checkpointing: bool) -> Counter[Any]:
+    def _extrapolated(self, computation: Callable[[DryRun], Found], checkpointing: bool) -> Found:
         """`computation` on the whole model: its own numbers, "flops", "seconds" and ("peak", phase) in bytes."""
         stacks = _stacks(self._peft_model)
         short = dict.fromkeys(stacks, _BLOCKS)
         base = self._run(computation, short, checkpointing)
-        whole = Counter(base)
+        whole = base.copy()
         for name, blocks in stacks.items():
             longer = self._run(computation, {**short, name: _BLOCKS + 1}, checkpointing)
             for key, value in longer.items():
                 whole[key] += (len(blocks) - _BLOCKS) * (value - base[key])
         return whole
 
-    def _run(
-        self, computation: Callable[[DryRun], Counter[Any]], depths: Mapping[str, int], checkpointing: bool
-    ) -> Counter[Any]:
+    def _run(self, computation: Callable[[DryRun], Found], depths: Mapping[str, int], checkpointing: bool) -> Found:
         run = DryRun(self._ceilings)
         run.leave_out([*self._peft_model.parameters(), *self._peft_model.buffers()])
         with ExitStack() as undo:
             if checkpointing:
                 undo.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore", FutureWarning)  # the next transformers calls it activation checkpointing
+                warnings.simplefilter("ignore", FutureWarning)  # transformers 6 has another name for it
                 model = self._peft_model.base_model.model
                 model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": run.again})
                 undo.callback(model.gradient_checkpointing_disable)
@@ -371,23 +369,21 @@ def _shortened(model: nn.Module, name: str, depth: int, run: DryRun) -> Iterator
         setattr(parent, key, blocks)
 
 
-def _layers(
-    slots: list[AdapterSlot], estimators: Mapping[str, Estimator], seen: Mapping[Any, float]
-) -> list[Layers]:
+def _layers(slots: list[AdapterSlot], estimators: Mapping[str, Estimator], seen: Mapping[Any, float]) -> list[Layers]:
     groups: defaultdict[tuple[tuple[int, int], int], list[AdapterSlot]] = defaultdict(list)
     for slot in slots:
         groups[slot.shape, slot.rank].append(slot)
     result = []
     for (shape, _), group in groups.items():
         of_group = [estimators[slot.name] for slot in group]
-        streaming = isinstance(of_group[0], Streaming)
+        one = of_group[0]
         of_shape = sum(slot.shape == shape for slot in slots)
         result.append(
             Layers(
                 shape=shape,
                 count=len(group),
-                kind="streaming" if streaming else "dense",
-                columns=of_group[0].columns if streaming else 0,
+                kind="streaming" if isinstance(one, Streaming) else "dense",
+                columns=one.columns if isinstance(one, Streaming) else 0,
                 state_bytes=sum(e.state_bytes for e in of_group),
                 merged_bytes=sum(e.merged_bytes for e in of_group),
                 flops=seen["later", shape] * len(group) / of_shape,
