@@ -1,4 +1,4 @@
-"""The command `loraga`: `init` writes an adapter for any trainer, `plan` says what it will need, `env` what is active."""
+"""The command `loraga`: `init` writes an adapter for any trainer, `plan` says what it needs, `env` what is active."""
 
 from __future__ import annotations
 
