@@ -1,4 +1,4 @@
-"""The command `loraga`: `init` writes an adapter that any trainer can start from, `env` says what is active."""
+"""The command `loraga`: `init` writes an adapter for any trainer, `plan` says what it needs, `env` what is active."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from loraga.data import InputError, make_batches, read_rows
 REPORT_FILE = "loraga_report.json"
 PLOT_FILE = "loraga_report.png"
 ADAPTER_FILE = "adapter_config.json"
+# transformers' class for each task
+FAMILIES = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "masked": "AutoModelForMaskedLM"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +69,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="loraga", description="LoRA adapters that start where full fine-tuning would go.")
     parser.add_argument("--version", action="version", version=f"loraga {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{init,env}", title="commands")
+    commands = parser.add_subparsers(required=True, metavar="{init,plan,env}", title="commands")
 
     init = commands.add_parser(
         "init",
@@ -124,10 +126,47 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
     init.set_defaults(run=_init)
 
+    _add_plan(commands)
+
     env = commands.add_parser("env", help="print what is active: devices, Triton, native core, versions")
     env.add_argument("--json", action="store_true", help="as JSON")
     env.set_defaults(run=_env)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="predict state, work and peak memory from a model's configuration",
+        description="Predict what an initialisation needs: state, work, time at given ceilings, peak memory beside the "
+        "LoRA training step, traffic between ranks. The model is built without weights; nothing is downloaded.",
+    )
+    plan.add_argument(
+        "model",
+        metavar="MODEL_CONFIG",
+        help="folder, config.json, model in the local cache, or a name such as llama-2-7b, llama-3.1-405b",
+    )
+    plan.add_argument("--rank", type=_whole, required=True, metavar="R", help="r of the adapter")
+    plan.add_argument("--tokens", type=_whole, required=True, metavar="T", help="to look at, on all ranks together")
+    plan.add_argument("--micro-batch", type=_whole, default=8, metavar="N", help="rows per micro-batch (default 8)")
+    plan.add_argument("--length", type=_whole, default=1024, metavar="N", help="tokens per row (default 1024)")
+    plan.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=["all-linear"],
+        metavar="NAME",
+        help="names of the layers, such as q_proj v_proj (default all-linear)",
+    )
+    plan.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the weights (bfloat16)"
+    )
+    plan.add_argument("--ranks", type=_whole, default=1, metavar="N", help="data-parallel ranks (default 1)")
+    plan.add_argument("--checkpointing", action="store_true", help="count the work of gradient checkpointing too")
+    plan.add_argument("--tflops", type=_positive, metavar="F", help="ceiling of the device, for a time: 1e12 flops/s")
+    plan.add_argument("--gb-per-second", type=_positive, metavar="B", help="ceiling of its memory: 1e9 bytes/s")
+    plan.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    plan.add_argument("--json", action="store_true", help="as JSON")
+    plan.set_defaults(run=_plan)
 
 
 def _whole(text: str) -> int:
@@ -220,8 +259,8 @@ def _lora_config(args: argparse.Namespace, task: str) -> Any:
     names = [name for names in args.target_modules for name in names.split(",") if name]
     return LoraConfig(
         r=args.rank,
-        lora_alpha=args.alpha,
-        use_rslora=not args.no_rslora,
+        lora_alpha=getattr(args, "alpha", 16),
+        use_rslora=not getattr(args, "no_rslora", False),
         target_modules="all-linear" if names == ["all-linear"] else names,
         task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(task),
     )
@@ -285,11 +324,7 @@ def _model(args: argparse.Namespace, config: Any, task: str) -> Any:
     import torch
     import transformers
 
-    family = {
-        "causal": transformers.AutoModelForCausalLM,
-        "seq2seq": transformers.AutoModelForSeq2SeqLM,
-        "masked": transformers.AutoModelForMaskedLM,
-    }[task]
+    family = getattr(transformers, FAMILIES[task])
     # Weights that the checkpoint lacks (a new head) are drawn from the global generator.
     torch.manual_seed(args.seed)
     with _loading(args.model):
@@ -341,6 +376,39 @@ def _whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    if (args.tflops is None) != (args.gb_per_second is None):
+        raise InputError("--tflops and --gb-per-second go together: a time needs both ceilings.")
+    import torch
+    from transformers.utils import logging
+
+    from loraga.dryrun import Ceilings
+    from loraga.integrations._named import config_of, without_weights
+    from loraga.planning import plan
+
+    logging.set_verbosity_error()
+    config = config_of(args.model, args.trust_remote_code)
+    task = _task(config)
+    positions = None if task == "seq2seq" else getattr(config, "max_position_embeddings", None)
+    if positions is not None and args.length > positions:
+        raise InputError(f"--length {args.length} is more than the {positions} positions of {args.model!r}.")
+    per_batch = args.micro_batch * args.length * args.ranks
+    try:
+        planned = plan(
+            without_weights(config, FAMILIES[task], getattr(torch, args.dtype)),
+            _lora_config(args, task),
+            rows=args.micro_batch,
+            length=args.length,
+            micro_batches=-(-args.tokens // per_batch),
+            ranks=args.ranks,
+            checkpointing=args.checkpointing,
+            ceilings=Ceilings(args.tflops * 1e12, args.gb_per_second * 1e9) if args.tflops else None,
+        )
+    except ValueError as error:
+        raise InputError(_line(error)) from error
+    print(json.dumps(planned.to_dict(), indent=1) if args.json else planned)
 
 
 def _env(args: argparse.Namespace) -> None:

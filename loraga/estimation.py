@@ -343,14 +343,10 @@ class _Collector:
                 f"and rank={rank} were asked for; lower the rank or leave the layer out."
             )
         spec = LayerSpec(name, m, n, rank, seed_of(self._seed, name), device)
-        if self._config.estimator == "streaming" and not whole:
-            return Streaming(spec, self._micro_batches) if Streaming.pays(spec) else Dense(spec)
-        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(self._config.buffer_dtype)
-        if dtype is None:
-            dtype = torch.float32 if self._many or self._config.estimator == "streaming" else torch.bfloat16
-        return Dense(spec, dtype, self._ring(device))
+        return make_estimator(spec, self._config, self._micro_batches, self._many, self._ring(device), whole)
 
     def _ring(self, device: torch.device) -> StagingRing | None:
+        """The ring through which dense buffers in host memory are summed, if they are wanted there."""
         if self._config.buffer_device != "cpu" or device.type != "cuda":
             return None
         if device not in self._rings:
@@ -425,6 +421,27 @@ class _Collector:
     def skipped_batches(self) -> int:
         """Micro-batches in which some layer met NaN or Inf."""
         return sum(not all(bool(flag) for flag in flags.values()) for flags in self._finite)
+
+
+def make_estimator(
+    spec: LayerSpec,
+    config: InitConfig,
+    micro_batches: int | None,
+    many: bool = False,
+    ring: StagingRing | None = None,
+    whole: bool = False,
+) -> Estimator:
+    """What follows the gradient of one layer, by what was asked for and what pays.
+
+    `many`: too many micro-batches may come for a bfloat16 buffer. `whole`: autograd forms the gradient, which a dense
+    buffer sums. `ring`: dense buffers that were asked for lie in host memory.
+    """
+    if config.estimator == "streaming" and not whole:
+        return Streaming(spec, micro_batches) if Streaming.pays(spec) else Dense(spec)
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(config.buffer_dtype)
+    if dtype is None:
+        dtype = torch.float32 if many or config.estimator == "streaming" else torch.bfloat16
+    return Dense(spec, dtype, ring)
 
 
 def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, index: int) -> Tensor:

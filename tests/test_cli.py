@@ -226,7 +226,7 @@ def test_no_plot_without_matplotlib(models, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "the following arguments are required: {init,env}"),
+        ([], "the following arguments are required: {init,plan,env}"),
         (["foo"], "invalid choice: 'foo'"),
         (["init", "model"], "the following arguments are required: --data, --output"),
         (

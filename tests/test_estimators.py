@@ -251,3 +251,17 @@ def test_state_is_freed_and_factors_hold_nothing_else():
 
 def test_no_estimators_no_estimates():
     assert finish({}, {}) == {}
+
+
+@pytest.mark.parametrize("kind", ["dense32", "dense16", "streaming"])
+def test_bytes_between_ranks_are_those_that_merging_yields(kind):
+    estimator = {
+        "dense32": lambda: Dense(spec()),
+        "dense16": lambda: Dense(spec(), torch.bfloat16),
+        "streaming": lambda: Streaming(spec(), 4),
+    }[kind]()
+    for x, dy in stream(2):
+        estimator.update(x, dy)
+    sizes = [t.numel() * t.element_size() for t in type(estimator).merging([estimator], 1.0)]
+    assert sum(sizes) == estimator.merged_bytes
+    assert max(sizes) == estimator.exchange_bytes

@@ -53,11 +53,16 @@ def test_matrix_(out: Tensor, seed: int) -> None:
     out.view(-1).copy_((words >> 8).float()).mul_(2.0**-23).sub_(1.0)
 
 
+def _multiplies_half(a: Tensor) -> bool:
+    """Are there products of half-precision operands with float32 sums where `a` is? Dry runs stand for a GPU."""
+    return a.is_cuda or a.is_meta
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with operands as they are and float32 sums and result."""
     if a.dtype == torch.float32:
         return a @ b
-    if a.is_cuda:
+    if _multiplies_half(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
@@ -192,7 +197,7 @@ def orthonormalize(y: Tensor, refine: bool) -> Tensor:
 
 @implement("subspace", _KEY)
 def subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    if g.dtype == torch.float32 or g.is_cuda:
+    if g.dtype == torch.float32 or _multiplies_half(g):
         return _subspace(g, k, iterations, seeds, g.dtype)
     # no half-precision products with float32 sums here: one matrix at a time, widened once
     b, m, n = g.shape
@@ -229,7 +234,7 @@ def _batched_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for batches, at least one of them in half precision or both float32, with float32 sums and result."""
     if a.dtype == b.dtype == torch.float32:
         return a @ b
-    if a.is_cuda:
+    if _multiplies_half(a):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 

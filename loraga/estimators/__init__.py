@@ -2,7 +2,7 @@
 
 from loraga.estimators.base import Estimate, Estimator, LayerSpec
 from loraga.estimators.dense import Dense
-from loraga.estimators.finishing import finish
+from loraga.estimators.finishing import finish, finish_in_chunks
 from loraga.estimators.staging import StagingRing
 from loraga.estimators.streaming import Streaming, power_steps, sketch_width
 
@@ -14,6 +14,7 @@ __all__ = [
     "StagingRing",
     "Streaming",
     "finish",
+    "finish_in_chunks",
     "power_steps",
     "sketch_width",
 ]

@@ -53,6 +53,10 @@ class Estimator(Protocol):
         """Size of the largest tensor that `merging` yields for one layer."""
 
     @property
+    def merged_bytes(self) -> int:
+        """Bytes that a rank puts into all-reduces to merge its sums with those of the others (design §4.7)."""
+
+    @property
     def kind(self) -> Hashable:
         """Equal for estimators that can be finished together."""
 

@@ -51,6 +51,10 @@ class Dense:
     def exchange_bytes(self) -> int:
         return 4 * self.spec.m * self.spec.n
 
+    @property
+    def merged_bytes(self) -> int:
+        return 4 * self._g.numel()  # summed over ranks in float32
+
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         if self._ring is None:
             return _ops.accumulate_(self._g, x, dy, scale)

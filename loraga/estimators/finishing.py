@@ -35,19 +35,31 @@ def finish(
     factors: dict[str, Factors] = {}
     energies: dict[str, float] = {}
     by_device: dict[torch.device, tuple[list[str], list[Tensor]]] = {}
-    for names in _chunks(estimators):
-        group = [estimators[name] for name in names]
-        batch, energy = group[0].finish(group)
-        for i, name in enumerate(names):
-            # copies: a view would hold on to the factors of the whole chunk
-            factors[name] = Factors(batch.U[i].clone(), batch.S[i] / divisors[name], batch.Vh[i].clone())
+    for chunk, energy in finish_in_chunks(estimators, divisors):
+        factors |= chunk
         order, parts = by_device.setdefault(energy.device, ([], []))
-        order.extend(names)
+        order.extend(chunk)
         parts.append(energy)
-        advance(len(names))
+        advance(len(chunk))
     for order, parts in by_device.values():
         energies.update(zip(order, torch.cat(parts).tolist(), strict=True))
     return {name: Estimate(factors[name], energies[name] / divisors[name] ** 2) for name in estimators}
+
+
+def finish_in_chunks(
+    estimators: Mapping[str, Estimator], divisors: Mapping[str, float]
+) -> Iterator[tuple[dict[str, Factors], Tensor]]:
+    """The part of `finish` that waits for nothing: of a chunk of layers, factors by name and energies of the sums."""
+    for names in _chunks(estimators):
+        group = [estimators[name] for name in names]
+        batch, energy = group[0].finish(group)
+        # copies: a view would hold on to the factors of the whole chunk
+        factors = {
+            name: Factors(batch.U[i].clone(), batch.S[i] / divisors[name], batch.Vh[i].clone())
+            for i, name in enumerate(names)
+        }
+        del batch, group
+        yield factors, energy
 
 
 def _chunks(estimators: Mapping[str, Estimator]) -> Iterator[list[str]]:

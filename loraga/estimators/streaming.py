@@ -77,6 +77,11 @@ class Streaming:
         return spec.m * spec.n > 2 * sketch_width(spec.rank) * (spec.m + spec.n)
 
     @property
+    def columns(self) -> int:
+        """k, the width of the sketch."""
+        return self._k
+
+    @property
     def kind(self) -> Hashable:
         return Streaming, self.spec.m, self.spec.n, self.spec.rank, self.spec.device
 
@@ -87,6 +92,11 @@ class Streaming:
     @property
     def exchange_bytes(self) -> int:
         return 4 * max(self.spec.n * self._k, self.spec.m * (self._k + _PROBES))
+
+    @property
+    def merged_bytes(self) -> int:
+        # SᵀΩ (n, k), S V and what the probes saw (m, k + probes), Qᵀ S (k, n): three sums over ranks
+        return sum(t.numel() * t.element_size() for t in (self._z, self._q, self._probed, self._z))
 
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         # NaN or Inf in x or dy makes `left` not finite and all that follows worthless: `commit_` drops it at the end
