@@ -29,7 +29,7 @@ from loraga.taps import Taps
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 # bfloat16 buffers round once per micro-batch; beyond this many their rounding stagnates (design §4.3)
-_BFLOAT16_LIMIT = 256
+BFLOAT16_LIMIT = 256
 # float16 gradients: the loss is scaled to about this before backward, and by this much less after an overflow
 _FLOAT16_TARGET, _FLOAT16_BACKOFF, _FLOAT16_TRIES = 2.0**15, 2.0**-4, 6
 
@@ -87,7 +87,7 @@ def estimate(
     total = _count(loader, max_batches)
     whole = whole or {}
     ranks.agree(targets=tuple(wanted.items()), whole=tuple(whole), options=config, seed=seed, sharded=together)
-    many = ranks.any(total is None or total > _BFLOAT16_LIMIT)
+    many = ranks.any(total is None or total > BFLOAT16_LIMIT)
     device = _input_device(model)
     collector = _Collector(wanted, config, total, many, seed, device)
     started = time.perf_counter()

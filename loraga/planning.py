@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from loraga import recipes
 from loraga.config import InitConfig
 from loraga.dryrun import Ceilings, Cost, DryRun
-from loraga.estimation import make_estimator
+from loraga.estimation import BFLOAT16_LIMIT, make_estimator
 from loraga.estimators import Estimator, LayerSpec, Streaming, finish_in_chunks
 from loraga.integrations import peft as adapters
 from loraga.offsets import AdapterSlot
@@ -229,7 +229,7 @@ class _Trial:
     def estimator(self, slot: AdapterSlot) -> Estimator:
         """The layer's estimator, on the meta device."""
         spec = LayerSpec(slot.name, *slot.shape, self._init.triplets(slot.rank), 0, META)
-        return make_estimator(spec, self._init, self._micro_batches)
+        return make_estimator(spec, self._init, self._micro_batches, many=self._micro_batches > BFLOAT16_LIMIT)
 
     def gradients(self, checkpointing: bool) -> Found:
         """Forward, backward and updates of a micro-batch: what `_extrapolated` says, updates apart.
