@@ -312,6 +312,7 @@ def sweep(
     best = _best(curves)
     missing = [i for i in _neighbours(best) if i not in curves]
     return {
+        "note": task.note,
         **used,
         "best_at_edge": bool(missing),
         "runs": [{"rate": rate(i), "loss": curves[i]} for i in sorted(curves)],
@@ -360,8 +361,9 @@ def compare(plans: dict[str, Plan], methods: Sequence[str], processes: int, devi
                     )
         for name, plan in plans.items():
             results = {m: (full[name] if m == "full" else waiting[name, m]).result() for m in ("full", *methods)}
+            notes = {entry.pop("note") for entry in results.values()}
             tasks[name] = {
-                "note": task_of(name, plan, weights).note,
+                "note": notes.pop(),
                 "plan": asdict(plan),
                 "steps": list(plan.evaluate_at),
                 "seeds": list(plan.seeds),

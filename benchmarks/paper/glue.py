@@ -67,8 +67,8 @@ def real(task: str) -> tuple[list[Row], list[Row]]:
 def stand_in(task: str, train: int = 48, validation: int = 12) -> tuple[list[Row], list[Row]]:
     """Rows with GLUE's fields and labels, made from the docstrings of the standard library.
 
-    With one field: the text as it is (1) or its words reversed (0). With two: a text's beginning, and as its partner its
-    end, another text's end, or (MNLI) its end reversed.
+    With one field: the text as it is (1) or its words reversed (0). With two: a text's beginning, and as its partner
+    its end, another text's end, or (MNLI) its end reversed.
     """
     import docstrings
 
@@ -116,9 +116,7 @@ def load(tiny: bool) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     if not tiny:
         return AutoModelForSeq2SeqLM.from_pretrained(MODEL, dtype=torch.float32), AutoTokenizer.from_pretrained(MODEL)
     torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=384, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
+    config = T5Config(vocab_size=384, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0)
     return T5ForConditionalGeneration(config), ByT5Tokenizer()
 
 
@@ -135,9 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict]:
                 for method in args.methods:
                     model, tokenizer = load(args.stand_in)
                     features = encode(task, train, tokenizer, settings.length)
-                    model, used = _harness.fine_tune(
-                        method, model, features, tokenizer, adapter, settings, seed=seed
-                    )
+                    model, used = _harness.fine_tune(method, model, features, tokenizer, adapter, settings, seed=seed)
                     right = accuracy(model, tokenizer, task, validation, settings)
                     add({"task": task, "method": method, "seed": seed, "accuracy": right, **used})
 
