@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import sysconfig
@@ -74,6 +75,7 @@ def _docstrings(source: bytes) -> list[tuple[ast.Expr, str]]:
     return found
 
 
+@functools.cache
 def prose() -> Tensor:
     """Docstrings of the standard library, the topics of `help()`, and the licence where it is installed: (bytes,)."""
     parts = [text for file in stdlib_files() for _, text in _docstrings(file.read_bytes())]
@@ -92,6 +94,7 @@ def _without_docstrings(source: bytes) -> bytes:
     return b"".join(lines)
 
 
+@functools.cache
 def source_code() -> tuple[Tensor, Tensor]:
     """Source code of the standard library without its docstrings (they are in `prose`): to train on, and held out.
 

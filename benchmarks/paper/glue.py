@@ -8,6 +8,7 @@ Accuracy on the validation sets: the generated answer must be the label's word, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,15 +65,20 @@ def real(task: str) -> tuple[list[Row], list[Row]]:
     return list(found["train"]), list(found[TASKS[task].validation])
 
 
+@functools.cache
+def _texts() -> list[list[str]]:
+    import docstrings
+
+    return [text.split() for text, _ in docstrings.load().train]
+
+
 def stand_in(task: str, train: int = 48, validation: int = 12) -> tuple[list[Row], list[Row]]:
     """Rows with GLUE's fields and labels, made from the docstrings of the standard library.
 
     With one field: the text as it is (1) or its words reversed (0). With two: a text's beginning, and as its partner
     its end, another text's end, or (MNLI) its end reversed.
     """
-    import docstrings
-
-    texts = [text.split() for text, _ in docstrings.load().train][: train + validation]
+    texts = _texts()[: train + validation]
     form = TASKS[task]
     rows = []
     for i, words in enumerate(texts):
