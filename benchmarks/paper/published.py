@@ -1,7 +1,7 @@
 """The published numbers beside ours.
 
-    python benchmarks/paper/tables.py                                      # every measured cell: not measured
-    python benchmarks/paper/tables.py --results benchmarks/results/paper-glue.json benchmarks/results/paper-gsm8k.json
+    python benchmarks/paper/published.py
+    python benchmarks/paper/published.py --results benchmarks/results/paper-*.json
 
 Published: LoRA-GA (arXiv 2407.05000), as reprinted in the LoRA-MGPO paper; accuracy in percent.
 """
