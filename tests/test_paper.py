@@ -125,9 +125,10 @@ def test_exact_match_is_numeric_and_needs_a_number():
 
 
 def test_gsm8k_accuracy_counts_generated_answers_and_not_the_prompts(tokenizer):
-    _, rows = gsm8k.stand_in(test=5)
+    _, rows = gsm8k.stand_in(test=4)
+    rows.append({"question": "Is it more than 7?", "answer": "#### 7"})  # the right number stands in the prompt
     right = [row["answer"] for row in rows]
-    said = [right[0], "The answer is: -1", right[2], "no number", right[4]]
+    said = [right[0], "The answer is: -1", right[2], right[3], "no number"]
     model = Speaker(tokenizer, said, is_encoder_decoder=False)
     assert gsm8k.accuracy(model, tokenizer, rows, new_tokens=8, batch=2) == 3 / 5
     assert model.prompts == [gsm8k.prompt(row["question"]) for row in rows]
