@@ -11,6 +11,10 @@ from pathlib import Path
 
 import torch
 
+# A script's own folder comes first in the import path, and an editable install may be of another checkout: the commit
+# that is recorded below must be that of the loraga that runs.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 
 def describe() -> dict[str, str | int]:
     """Commit, command, processor, device and versions."""

@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import _bytes
 import _machine
 
 from loraga.estimators import Dense, LayerSpec, Streaming, finish, streaming
@@ -64,32 +64,13 @@ def minilm(task: str) -> tuple[nn.Module, Callable[[int], dict]]:
 
 
 def llama() -> tuple[nn.Module, Callable[[int], dict]]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config)
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:200]
-    text = torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8).long()
+    model = _bytes.build(512, 1024, layers=3, heads=8, kv_heads=4, seed=0)
+    text = _bytes.as_tensor(b"".join(file.read_bytes() for file in _bytes.stdlib_files()[:200]))
 
     def batch(i: int) -> dict:
-        starts = torch.randint(0, len(text) - 129, (8,), generator=torch.Generator().manual_seed(i))
-        ids = torch.stack([text[j : j + 128] for j in starts])
-        return {"input_ids": ids, "labels": ids}
+        return _bytes.draw(text, 8, 128, i)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(30):
-        model(**batch(10**6 + step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    _bytes.pretrain(model, lambda step: batch(10**6 + step), 30)
     return model, batch
 
 
