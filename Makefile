@@ -28,11 +28,13 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 READY := $(VENV)/.installed
 CHECKS := lint
+PARALLEL := -n 2 --dist loadfile
 else
 PY := $(PYTHON)
 PIP := $(PY) -m pip --disable-pip-version-check
 READY := build/.installed-in-system
 CHECKS :=
+PARALLEL :=
 endif
 
 help:
@@ -73,7 +75,7 @@ bench: $(READY)
 	$(PY) benchmarks/native.py --repeats 3 --output $(BENCH)/native-cpu.json
 
 test: $(READY) $(CHECKS)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL)
 
 lint: $(READY)
 	$(PY) -m ruff check .

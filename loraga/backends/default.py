@@ -189,7 +189,7 @@ def orthonormalize(y: Tensor, refine: bool) -> Tensor:
     known = norm > 0
     a = y.double().mul_(torch.where(known, torch.where(known, norm, 1.0).reciprocal(), 0.0))
     noise = directions(m, k, y.device, by_columns=y.stride(-2) == 1)
-    a += noise * torch.where(known, JITTER, 1.0).float()
+    a += noise * torch.ones_like(norm).masked_fill_(known, JITTER).float()
     for shift in shifts(m, k, refine):
         a = a @ _ops.cholesky_inverse(a.mT @ a, shift).mT
     return a.float()
