@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from loraga.config import InitConfig
 from loraga.estimators import Dense, Estimate, Estimator, LayerSpec, StagingRing, Streaming, finish
 from loraga.linalg import seed_of
-from loraga.quiet import kept, quiet
+from loraga.quiet import is_bitsandbytes, kept, quiet
 from loraga.sink import GradientSink, own_weights
 from loraga.taps import Taps
 
@@ -222,8 +222,12 @@ class _Collector:
         """
         for name, module in targets.items():
             weight = getattr(module, "weight", None)
-            if type(module) is nn.Linear and isinstance(weight, Tensor) and weight.dim() == 2 and not weight.is_meta:
+            if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.is_meta:
+                continue
+            if type(module) is nn.Linear:
                 self.estimators[name] = self._make(name, weight.shape[0], weight.shape[1], weight.device)
+            elif isinstance(module, nn.Linear) and is_bitsandbytes(module):  # its weight may be packed
+                self.estimators[name] = self._make(name, module.out_features, module.in_features, weight.device)
         for name, parameter in whole.items():
             m, n = parameter.flatten(1).shape
             self.estimators[name] = self._make(name, m, n, parameter.device, whole=True)
