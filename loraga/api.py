@@ -12,12 +12,14 @@ from torch import nn
 
 from loraga import recipes, summary
 from loraga.config import InitConfig
+from loraga.distributed import Ranks
 from loraga.estimation import LossFn, estimate
 from loraga.factors import Factors
 from loraga.integrations import peft as adapters
 from loraga.linalg import seed_of
 from loraga.quiet import rng_untouched
 from loraga.report import INITIALISED
+from loraga.sharding import check_injectable, check_layers, check_sharding
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -43,10 +45,14 @@ def fast_init(
 
     With `init.offset="subtract"` the base weights change; with the default `"anchor"` and with `"zero-b"` they do not.
 
+    Where torch.distributed is initialised, every rank must make this call, each with its own batches; the mean is over
+    all of them, and the adapter the same on all ranks. If one raises, all do.
+
     Args:
         model (`nn.Module`): a plain model, which gets adapters as `get_peft_model` would give it, or a `PeftModel`,
-            whose adapter `adapter_name` is initialised anew. Modes, `requires_grad`, `.grad`, hooks and the global
-            random generators are as before afterwards, and the whole model is when anything raises.
+            also in `DistributedDataParallel` or sharded by FSDP2, whose adapter `adapter_name` is initialised anew.
+            Modes, `requires_grad`, `.grad`, hooks and the global random generators are as before afterwards, and the
+            whole model is when anything raises.
         loader (iterable): of batches. A mapping goes in as `model(**batch)`, its tensors moved to the model's device.
         lora_config (`peft.LoraConfig`, *optional*): for a plain model; left out, r 8, alpha 16, rsLoRA, all linear
             layers.
@@ -67,18 +73,25 @@ def fast_init(
             or Inf in every batch, an option out of range, an adapter that is not there, or an offset that does not
             go with the base model. The message names the layer or value and what to do.
         TypeError: a batch is no mapping and there is no `loss_fn`.
+        RuntimeError: another rank raised, or did not come within the process group's timeout.
     """
-    init = _checked(init, max_batches)
-    plain = not isinstance(model, adapters.PeftModel)
-    if not plain and lora_config is not None:
-        raise ValueError(
-            f"The model is a PeftModel already, so adapter {adapter_name!r} keeps its own config; leave lora_config "
-            "out, or pass the base model."
-        )
-    restore = adapters.snapshot(model) if plain else None
+    restore = None
     try:
         # parameters made in inference mode could never be trained
-        with torch.inference_mode(False), rng_untouched():
+        with Ranks() as ranks, torch.inference_mode(False), rng_untouched():
+            init = _checked(init, max_batches)
+            inner = adapters.inner_model(model)
+            plain = not isinstance(inner, adapters.PeftModel)
+            model = model if plain else inner
+            if not plain and lora_config is not None:
+                raise ValueError(
+                    f"The model is a PeftModel already, so adapter {adapter_name!r} keeps its own config; leave "
+                    "lora_config out, or pass the base model."
+                )
+            check_sharding(model)
+            if plain:
+                check_injectable(model)
+            restore = adapters.snapshot(model) if plain else None
             peft_model = _inject(model, lora_config, adapter_name, seed) if plain else model
             adapters.check_adapter(peft_model, adapter_name)
             slots, unsupported = adapters.find_slots(peft_model, adapter_name)
@@ -89,6 +102,7 @@ def fast_init(
                 )
             for slot in slots:
                 recipes.check_rank(slot.name, slot.shape, slot.rank, init)
+            check_layers(model, {slot.name: slot.base_layer for slot in slots})
             adapters.check_offset(peft_model, adapter_name, init.offset)
             with adapters.adapters_disabled(peft_model):
                 estimation = estimate(
@@ -97,6 +111,7 @@ def fast_init(
                     {slot.name: init.triplets(slot.rank) for slot in slots},
                     loader,
                     init,
+                    ranks,
                     loss_fn=loss_fn,
                     max_batches=max_batches,
                     seed=seed,
@@ -111,8 +126,9 @@ def fast_init(
             }
             if not starts:
                 raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")
-            summary.warn_about(report, stacklevel=3)  # before anything is written: a warning may be made an error
-            adapters.write_start(peft_model, adapter_name, starts, init.offset)
+            if ranks.first:
+                summary.warn_about(report, stacklevel=3)  # before anything is written: a warning may be made an error
+            adapters.write_start(peft_model, adapter_name, starts, init.offset, confirm=ranks.meet)
             report.seconds["adapter"] = time.perf_counter() - began
     except BaseException:
         if restore is not None:
@@ -154,31 +170,36 @@ def estimate_factors(
         without NaN or Inf, are left out, with a warning that names them.
 
     Raises:
-        ValueError, TypeError: as [`fast_init`].
+        ValueError, TypeError, RuntimeError: as [`fast_init`], also in that every rank must call it.
     """
-    init = _checked(InitConfig(estimator=estimator), max_batches)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank={rank!r} must be a whole number of at least 1.")
-    targets = adapters.find_target_names(model, target_modules)
-    linear = {name: module for name, module in targets.items() if adapters.is_linear_like(module)}
-    with rng_untouched(), adapters.adapters_disabled(model):
-        estimation = estimate(
-            model,
-            linear,
-            dict.fromkeys(targets, rank),
-            loader,
-            init,
-            loss_fn=loss_fn,
-            max_batches=max_batches,
-            seed=seed,
-            show_progress_bar=show_progress_bar,
-            whole={name: module for name, module in targets.items() if name not in linear},
-        )
+    with Ranks() as ranks, rng_untouched():
+        init = _checked(InitConfig(estimator=estimator), max_batches)
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"rank={rank!r} must be a whole number of at least 1.")
+        model = adapters.inner_model(model)
+        check_sharding(model)
+        targets = adapters.find_target_names(model, target_modules)
+        check_layers(model, targets)
+        linear = {name: module for name, module in targets.items() if adapters.is_linear_like(module)}
+        with adapters.adapters_disabled(model):
+            estimation = estimate(
+                model,
+                linear,
+                dict.fromkeys(targets, rank),
+                loader,
+                init,
+                ranks,
+                loss_fn=loss_fn,
+                max_batches=max_batches,
+                seed=seed,
+                show_progress_bar=show_progress_bar,
+                whole={name: module for name, module in targets.items() if name not in linear},
+            )
     unseen = {name: reason for name in targets if (reason := summary.why_unseen(name, estimation))}
-    if unseen:
+    if unseen and ranks.first:
         listed = summary.listed([f"{name} ({reason})" for name, reason in unseen.items()])
         warnings.warn(f"These layers are left out of the result: {listed}.", stacklevel=2)
-    if estimation.skipped_batches:
+    if estimation.skipped_batches and ranks.first:
         layers = summary.listed([name for name, count in estimation.skipped.items() if count])
         warnings.warn(summary.skipped(estimation) + f" at {layers}.", stacklevel=2)
     return {name: result.factors for name, result in estimation.estimates.items() if name not in unseen}

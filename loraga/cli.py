@@ -149,6 +149,11 @@ def _positive(text: str) -> float:
 
 def _init(args: argparse.Namespace) -> None:
     """From a model and a file to an adapter folder; what fails early fails before anything large is loaded."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(
+            "loraga init is one process, and torchrun started several; run it without, or call loraga.fast_init in a "
+            "script of your own."
+        )
     init = _init_config(args)
     _check_output(args.output, args.overwrite, keep=(Path(args.model), args.data))
     rows = read_rows(args.data, args.batch_size * args.max_batches, args.seed)

@@ -18,9 +18,11 @@ from torch.nn.utils.rnn import PackedSequence
 from tqdm.auto import tqdm
 
 from loraga.config import InitConfig
+from loraga.distributed import Ranks, merge
 from loraga.estimators import Dense, Estimate, Estimator, LayerSpec, StagingRing, Streaming, finish
 from loraga.linalg import seed_of
 from loraga.quiet import is_bitsandbytes, kept, quiet
+from loraga.sharding import is_sharded, resharded
 from loraga.sink import GradientSink, own_weights
 from loraga.taps import Taps
 
@@ -36,7 +38,8 @@ _FLOAT16_TARGET, _FLOAT16_BACKOFF, _FLOAT16_TRIES = 2.0**15, 2.0**-4, 6
 class Estimation:
     """Estimates by layer name, and how they came about.
 
-    `updates` counts the calls of a layer that brought a gradient, `skipped` those left out for NaN or Inf.
+    `updates` counts the calls of a layer that brought a gradient, `skipped` those left out for NaN or Inf. All counts
+    are over all ranks; `state_bytes` and `reduced_bytes` are this rank's.
     """
 
     estimates: dict[str, Estimate]
@@ -46,15 +49,18 @@ class Estimation:
     micro_batches: int
     skipped_batches: int
     state_bytes: int
+    ranks: int
+    reduced_bytes: int
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 def estimate(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
-    ranks: Mapping[str, int],
+    wanted: Mapping[str, int],
     loader: Iterable[Any],
     config: InitConfig,
+    ranks: Ranks,
     *,
     loss_fn: LossFn | None,
     max_batches: int | None,
@@ -62,59 +68,73 @@ def estimate(
     show_progress_bar: bool,
     whole: Mapping[str, nn.Module] | None = None,
 ) -> Estimation:
-    """Factors of the mean gradient of every target, `ranks[name]` triplets each. `model` is left as it was.
+    """Factors of the mean gradient of every target, `wanted[name]` triplets each. `model` is left as it was.
 
     `targets` are linear layers, whose gradient is a product that a tap sees. The gradient of the `weight` of the layers
     in `whole` (`loraga.sink.weight_matrix`) is formed by autograd and summed in a dense buffer, also with
     `config.estimator="streaming"` (float32 then): m is its first size, n all others together.
 
+    Every one of `ranks` brings its own batches; the mean is over all of them, and the factors are the same bits on all.
+
     Raises:
-        ValueError: no batch came, a batch has no usable loss, no target saw a gradient, or every batch had NaN or Inf.
+        ValueError: no batch came, a batch has no usable loss, no target saw a gradient, every batch had NaN or Inf, or
+            ranks do not agree on what to estimate.
         TypeError: a batch is no mapping and there is no `loss_fn`.
+        RankFailed: another rank raised.
     """
+    show = show_progress_bar and ranks.first
+    together = is_sharded(model)
     total = _count(loader, max_batches)
     whole = whole or {}
-    collector = _Collector(ranks, config, total, seed)
+    ranks.agree(targets=tuple(wanted.items()), whole=tuple(whole), options=config, seed=seed, sharded=together)
+    many = ranks.any(total is None or total > _BFLOAT16_LIMIT)
     device = _input_device(model)
+    collector = _Collector(wanted, config, total, many, seed, device)
     started = time.perf_counter()
     with (
         collector,
+        resharded(model),
         quiet(model),
         own_weights(whole) as weights,
         GradientSink(weights, collector.take),
         Taps(targets, collector.sink, whole) as taps,
     ):
         collector.prepare(targets, weights)
-        bar = tqdm(total=total, desc="loraga: gradients", unit="batch", disable=not show_progress_bar)
+        bar = tqdm(total=total, desc="loraga: gradients", unit="batch", disable=not show)
         with bar:
-            for index, batch in enumerate(itertools.islice(loader, max_batches)):
-                batch = _move(batch, device)
-                collector.absorb(partial(_loss, model, batch, loss_fn, index), taps)
+            for index, batch in enumerate(ranks.batches(itertools.islice(loader, max_batches), together)):
+                loss_of = partial(_loss, model, _move(batch, device), loss_fn, index)
+                collector.absorb(loss_of, taps, ranks.any if together else bool)
                 bar.update()
-    if collector.micro_batches == 0:
+    counts = _counted(collector, taps.called, ranks)
+    if counts.batches == 0:
         raise ValueError("The loader gave no batch; loraga needs at least one to see a gradient.")
-    return _conclude(collector, ranks, taps.called, started, show_progress_bar)
+    return _conclude(collector, counts, ranks, started, show)
 
 
 def estimate_step(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
-    ranks: Mapping[str, int],
+    wanted: Mapping[str, int],
     step: Callable[[], Any],
     config: InitConfig,
+    ranks: Ranks,
     *,
     seed: int,
 ) -> Estimation:
     """As `estimate`, of a callback that runs forward and backward itself, as often as it likes.
 
-    Every backward call is one micro-batch. `step` finds the model as `quiet` leaves it (no dropout, nothing to train,
-    so backward computes no weight gradient) and no gradient at any parameter; it may change modes and clear or clip
-    gradients. All of that is put back. float16 losses go backward as `step` scales them.
+    Every backward call is one micro-batch. `step` finds the model, which must not be sharded, as `quiet` leaves it (no
+    dropout, nothing to train, so backward computes no weight gradient) and no gradient at any parameter; it may change
+    modes and clear or clip gradients. All of that is put back. float16 losses go backward as `step` scales them.
 
     Raises:
-        ValueError: `step` ran no backward that reached a target, or all of them had NaN or Inf.
+        ValueError: `step` ran no backward that reached a target, all of them had NaN or Inf, or ranks do not agree on
+            what to estimate.
+        RankFailed: another rank raised.
     """
-    collector = _Collector(ranks, config, None, seed)
+    ranks.agree(targets=tuple(wanted.items()), options=config, seed=seed)
+    collector = _Collector(wanted, config, None, True, seed, _input_device(model))
     started = time.perf_counter()
     with (
         collector,
@@ -125,58 +145,138 @@ def estimate_step(
         collector.prepare(targets, {})
         step()
     collector.next_micro_batch()
-    return _conclude(collector, ranks, taps.called, started, show_progress_bar=False)
+    return _conclude(collector, _counted(collector, taps.called, ranks), ranks, started, show_progress_bar=False)
+
+
+@dataclass
+class _Counts:
+    """What all ranks together took in. Layers without a gradient are in none but `called`."""
+
+    batches: int
+    skipped_batches: int
+    updates: dict[str, int]
+    skipped: dict[str, int]
+    called: set[str]
+    loss_scale: float  # that the merged sums carry
+
+
+def _counted(collector: _Collector, called: set[str], ranks: Ranks) -> _Counts:
+    """Sum up over ranks, and make estimators of layers that only other ranks saw."""
+    exponent = round(math.log2(collector.loss_scale or 1.0))
+    rows = [[collector.micro_batches, collector.skipped_batches(), exponent, 0, 0]]
+    for name in collector.wanted:
+        estimator = collector.estimators.get(name)
+        m, n = (estimator.spec.m, estimator.spec.n) if estimator is not None else (0, 0)
+        skipped = int(collector.skipped.get(name, 0))
+        rows.append([collector.updates[name], skipped, int(name in called), m, n])
+    tables = ranks.gather(rows, collector.device)
+    heads = [table[0] for table in tables]
+    counts = _Counts(
+        batches=sum(head[0] for head in heads),
+        skipped_batches=sum(head[1] for head in heads),
+        updates={},
+        skipped={},
+        called=set(),
+        loss_scale=2.0 ** min((head[2] for head in heads if head[0]), default=0),
+    )
+    for name, *seen in zip(collector.wanted, *(table[1:] for table in tables), strict=True):
+        updates, skipped, calls = (sum(row[column] for row in seen) for column in range(3))
+        if calls:
+            counts.called.add(name)
+        if updates == 0:
+            continue
+        counts.updates[name], counts.skipped[name] = updates, skipped
+        shapes = {(row[3], row[4]) for row in seen if row[3]}
+        if len(shapes) > 1:
+            raise ValueError(f"Layer {name!r} has different shapes on different ranks: {sorted(shapes)}.")
+        if name not in collector.estimators:
+            collector.make(name, *shapes.pop())
+    return counts
 
 
 def _conclude(
-    collector: _Collector, ranks: Mapping[str, int], called: set[str], started: float, show_progress_bar: bool
+    collector: _Collector, counts: _Counts, ranks: Ranks, started: float, show_progress_bar: bool
 ) -> Estimation:
-    """Factors of what was collected since `started`."""
-    batches = collector.micro_batches
-    estimators = {name: collector.estimators[name] for name in ranks if name in collector.updates}
-    if not estimators:
+    """Merge over ranks what was collected since `started`, and finish it."""
+    observed = time.perf_counter()
+    if not counts.updates:
         raise ValueError(
-            f"None of the {len(ranks)} target layers saw a gradient: "
-            + ("none was called by the forward pass." if not called else "the loss does not depend on them.")
+            f"None of the {len(collector.wanted)} target layers saw a gradient: "
+            + ("none was called by the forward pass." if not counts.called else "the loss does not depend on them.")
             + " Check target_modules and the loss."
         )
-    skipped_batches = collector.skipped_batches()
-    if skipped_batches == batches and not collector.any_kept():
+    if counts.skipped_batches == counts.batches and counts.skipped == counts.updates:
         raise ValueError(
-            f"All {batches} micro-batches gave NaN or Inf gradients, so there is nothing to start from; check the "
-            "loss, the data and the dtype (float16 overflows easily, bfloat16 does not)."
+            f"All {counts.batches} micro-batches gave NaN or Inf gradients, so there is nothing to start from; check "
+            "the loss, the data and the dtype (float16 overflows easily, bfloat16 does not)."
         )
     state_bytes = sum(e.state_bytes for e in collector.estimators.values()) + collector.staging_bytes
-    updates = collector.updates
-    skipped = {name: int(count) for name, count in collector.skipped.items()}
-    observed = time.perf_counter()
+    estimators = {name: collector.estimators[name] for name in counts.updates}
+    merge(ranks, estimators, counts.loss_scale / (collector.loss_scale or 1.0))
+    merged = time.perf_counter()
     # each micro-batch weighs the same, left out ones nothing
-    summed = {name: batches * (1 - skipped[name] / updates[name]) for name in estimators}
-    divisors = {name: max(count, 1.0) * (collector.loss_scale or 1.0) for name, count in summed.items()}
+    summed = {name: counts.batches * (1 - counts.skipped[name] / counts.updates[name]) for name in estimators}
+    divisors = {name: max(count, 1.0) * counts.loss_scale for name, count in summed.items()}
     bar = tqdm(total=len(estimators), desc="loraga: factors", unit="layer", disable=not show_progress_bar)
     with bar:
-        estimates = finish(estimators, divisors, bar.update)
+        estimates = _of_first_rank(finish(estimators, divisors, bar.update), ranks)
+    seconds = {"gradients": observed - started, "factors": time.perf_counter() - merged}
+    if ranks.size > 1:
+        seconds["merging"] = merged - observed
     return Estimation(
         estimates,
-        dict(updates),
-        skipped,
-        called,
-        batches,
-        skipped_batches,
+        counts.updates,
+        counts.skipped,
+        counts.called,
+        counts.batches,
+        counts.skipped_batches,
         state_bytes,
-        {"gradients": observed - started, "factors": time.perf_counter() - observed},
+        ranks.size,
+        ranks.reduced_bytes,
+        seconds,
     )
 
 
-class _Collector:
-    """The estimators and the record of what was finite."""
+def _of_first_rank(estimates: dict[str, Estimate], ranks: Ranks) -> dict[str, Estimate]:
+    """Rank 0's results on every rank."""
+    if ranks.size == 1:
+        return estimates
+    tensors = [t for e in estimates.values() for t in (e.factors.U, e.factors.S, e.factors.Vh)]
+    ranks.from_first_(tensors)
+    energies = torch.tensor([e.energy for e in estimates.values()], dtype=torch.float64)
+    ranks.from_first_([energies])
+    return {
+        name: Estimate(estimate.factors, energy)
+        for (name, estimate), energy in zip(estimates.items(), energies.tolist(), strict=True)
+    }
 
-    def __init__(self, ranks: Mapping[str, int], config: InitConfig, micro_batches: int | None, seed: int) -> None:
+
+class _Collector:
+    """The estimators of this rank and the record of what was finite.
+
+    Args:
+        wanted: triplets by layer.
+        micro_batches: of this rank, where that is known.
+        many: more of them than a bfloat16 buffer bears, on some rank.
+        device: for the state of layers that tell no other.
+    """
+
+    def __init__(
+        self,
+        wanted: Mapping[str, int],
+        config: InitConfig,
+        micro_batches: int | None,
+        many: bool,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.wanted, self.device = wanted, device
         self.estimators: dict[str, Estimator] = {}
         self.updates: Counter[str] = Counter()
         self.skipped: dict[str, Tensor] = {}
         self.loss_scale: float | None = None  # that the sums carry; None as long as no float16 was seen
-        self._ranks, self._config, self._micro_batches, self._seed = ranks, config, micro_batches, seed
+        self._config, self._micro_batches, self._many, self._seed = config, micro_batches, many, seed
+        self._devices: dict[str, torch.device] = {}
         self._calls: Counter[str] = Counter()
         self._flags: dict[tuple[str, int], Tensor] = {}
         self._summed: set[tuple[str, int]] = set()
@@ -203,7 +303,7 @@ class _Collector:
         if key is None:
             return
         if name not in self.estimators:
-            self.estimators[name] = self._make(name, dy.shape[1], x.shape[1], dy.device)
+            self.estimators[name] = self._estimator(name, dy.shape[1], x.shape[1], dy.device)
         self._flags[key] = self.estimators[name].update(x, dy, self._weight)
 
     def take(self, name: str, gradient: Tensor) -> None:
@@ -222,18 +322,23 @@ class _Collector:
         """
         for name, module in targets.items():
             weight = getattr(module, "weight", None)
-            if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.is_meta:
+            if not isinstance(weight, Tensor) or weight.is_meta:
                 continue
-            if type(module) is nn.Linear:
-                self.estimators[name] = self._make(name, weight.shape[0], weight.shape[1], weight.device)
+            self._devices[name] = weight.device
+            if type(module) is nn.Linear and weight.dim() == 2:
+                self.make(name, weight.shape[0], weight.shape[1])
             elif isinstance(module, nn.Linear) and is_bitsandbytes(module):  # its weight may be packed
-                self.estimators[name] = self._make(name, module.out_features, module.in_features, weight.device)
+                self.make(name, module.out_features, module.in_features)
         for name, parameter in whole.items():
             m, n = parameter.flatten(1).shape
-            self.estimators[name] = self._make(name, m, n, parameter.device, whole=True)
+            self.estimators[name] = self._estimator(name, m, n, parameter.device, whole=True)
 
-    def _make(self, name: str, m: int, n: int, device: torch.device, whole: bool = False) -> Estimator:
-        rank = self._ranks[name]
+    def make(self, name: str, m: int, n: int) -> None:
+        """The estimator of a layer none of whose gradients was seen yet, beside its weight."""
+        self.estimators[name] = self._estimator(name, m, n, self._devices.get(name, self.device))
+
+    def _estimator(self, name: str, m: int, n: int, device: torch.device, whole: bool = False) -> Estimator:
+        rank = self.wanted[name]
         if rank > min(m, n):
             raise ValueError(
                 f"Layer {name!r} with (out_features, in_features) = ({m}, {n}) has {min(m, n)} singular directions, "
@@ -244,8 +349,7 @@ class _Collector:
             return Streaming(spec, self._micro_batches) if Streaming.pays(spec) else Dense(spec)
         dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(self._config.buffer_dtype)
         if dtype is None:
-            few = self._micro_batches is not None and self._micro_batches <= _BFLOAT16_LIMIT
-            dtype = torch.bfloat16 if few and self._config.estimator == "dense" else torch.float32
+            dtype = torch.float32 if self._many or self._config.estimator == "streaming" else torch.bfloat16
         return Dense(spec, dtype, self._ring(device))
 
     def _ring(self, device: torch.device) -> StagingRing | None:
@@ -256,14 +360,17 @@ class _Collector:
             self.staging_bytes += self._rings[device].device_bytes
         return self._rings[device]
 
-    def absorb(self, loss_of: Callable[[], Tensor], taps: Taps) -> None:
-        """One micro-batch: forward, backward, and every target's update on the way."""
+    def absorb(self, loss_of: Callable[[], Tensor], taps: Taps, anywhere: Callable[[bool], bool]) -> None:
+        """One micro-batch: forward, backward, and every target's update on the way.
+
+        What is done `anywhere` among the ranks that compute it together, all of them do.
+        """
         self._summed = set()
         loss = loss_of()
         if self._flags:
             raise ValueError("loss_fn ran backward itself; let it return the loss, and loraga runs backward.")
         if taps.saw_float16:
-            self._backward_float16(loss, loss_of, taps)
+            self._backward_float16(loss, loss_of, taps, anywhere)
         else:
             self._backward(loss, taps)
         self._close_micro_batch()
@@ -289,7 +396,9 @@ class _Collector:
         for ring in self._rings.values():  # the caller may write anew into what the layers were fed
             ring.join()
 
-    def _backward_float16(self, loss: Tensor, loss_of: Callable[[], Tensor], taps: Taps) -> None:
+    def _backward_float16(
+        self, loss: Tensor, loss_of: Callable[[], Tensor], taps: Taps, anywhere: Callable[[bool], bool]
+    ) -> None:
         """Backward of a scaled loss, so that small gradients do not vanish, and again smaller where they overflow.
 
         What a layer has summed already in an earlier try is left out of the next. Scales are powers of two, so that
@@ -306,7 +415,7 @@ class _Collector:
             self._weight = self.loss_scale / scale
             self._backward(loss.float() * scale, taps)
             self._summed.update(key for key, flag in self._flags.items() if flag)
-            if len(self._summed) == len(self._flags) or not usable:
+            if not anywhere(usable and len(self._summed) < len(self._flags)):
                 break
             scale *= _FLOAT16_BACKOFF
 
@@ -318,10 +427,6 @@ class _Collector:
     def skipped_batches(self) -> int:
         """Micro-batches in which some layer met NaN or Inf."""
         return sum(not all(bool(flag) for flag in flags.values()) for flags in self._finite)
-
-    def any_kept(self) -> bool:
-        """Did any layer sum anything?"""
-        return any(int(count) < self.updates[name] for name, count in self.skipped.items())
 
 
 def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None, index: int) -> Tensor:

@@ -20,6 +20,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
+from loraga.sharding import filled, gathered, is_distributed
+
 _RANK_DIM_A, _RANK_DIM_B = 0, 1
 
 
@@ -64,12 +66,13 @@ class TwoHalves(nn.Linear):
     @property
     def trained(self) -> nn.Parameter:
         """The half the optimizer sees."""
-        return getattr(self, self.trained_name)
+        return cast(nn.Parameter, self._parameters[self.trained_name])
 
     def whole(self) -> torch.Tensor:
         """Both halves, as saved: (2r, n) for A, (m, 2r) for B."""
-        trained = self.trained
-        return torch.cat([trained, self.frozen.to(trained.dtype)], dim=self.rank_dim)
+        trained: Any = self.trained
+        whole: Any = torch.cat([trained, filled(trained, self.frozen.to(trained.dtype))], dim=self.rank_dim)
+        return whole.redistribute(placements=trained.placements) if is_distributed(trained) else whole
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -97,8 +100,8 @@ class TwoHalves(nn.Linear):
                 error_msgs.append(f"{key}: {problem}")
             else:
                 trained, frozen = whole.chunk(2, dim=self.rank_dim)
-                inner[prefix + self.trained_name] = trained.clone()
-                self._adopt(frozen, assign=local_metadata.get("assign_to_params_buffers", False))
+                inner[prefix + self.trained_name] = filled(self.trained, trained.clone())
+                self._adopt(gathered(frozen), assign=local_metadata.get("assign_to_params_buffers", False))
         super()._load_from_state_dict(inner, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         # torch knows the trained half by its inner name; callers know only `weight`
         inner_key = prefix + self.trained_name
@@ -151,7 +154,7 @@ class ShiftedLinear(TwoHalves):
         problem = super()._why_not(whole)
         if problem:
             return problem
-        frozen = whole.chunk(2, dim=self.rank_dim)[1].to(self.frozen)
+        frozen = gathered(whole.chunk(2, dim=self.rank_dim)[1]).to(self.frozen)
         if (frozen - self.frozen).abs().max() > 1e-5 * self.frozen.abs().max():
             return (
                 "the saved adapter was started elsewhere: what was subtracted from its base is not what was "
@@ -173,8 +176,12 @@ def _add_half(linear: nn.Linear, kind: type[TwoHalves], rank_dim: int, frozen: t
     linear.__class__ = kind
     halves = cast(TwoHalves, linear)
     halves.rank_dim = rank_dim
-    halves.register_buffer("frozen", frozen.to(halves.trained, copy=True).contiguous(), persistent=False)
-    _set_features(linear, linear.weight)
+    trained = halves.trained
+    halves.register_buffer("frozen", frozen.to(trained.device, trained.dtype, copy=True).contiguous(), persistent=False)
+    shape = list(trained.shape)
+    if issubclass(kind, AnchoredLinear):
+        shape[rank_dim] *= 2
+    linear.out_features, linear.in_features = shape
 
 
 def _drop_half(linear: nn.Linear) -> None:
@@ -185,17 +192,13 @@ def _drop_half(linear: nn.Linear) -> None:
     linear._parameters.update(parameters)
     del linear.rank_dim, linear.frozen
     linear.__class__ = nn.Linear
-    _set_features(linear, linear.weight)
-
-
-def _set_features(linear: nn.Linear, weight: torch.Tensor) -> None:
-    linear.out_features, linear.in_features = weight.shape
+    linear.out_features, linear.in_features = linear.weight.shape
 
 
 def _fill(slot: AdapterSlot, A: torch.Tensor, B: torch.Tensor) -> None:
     with torch.no_grad():
-        slot.lora_A.weight.copy_(A)
-        slot.lora_B.weight.copy_(B)
+        for weight, value in ((slot.lora_A.weight, A), (slot.lora_B.weight, B)):
+            weight.copy_(filled(weight, value))
 
 
 def write_none(slot: AdapterSlot, A0: torch.Tensor, B0: torch.Tensor) -> None:
@@ -211,27 +214,26 @@ def write_zero_b(slot: AdapterSlot, A0: torch.Tensor, B0: torch.Tensor) -> None:
 def write_anchor(slot: AdapterSlot, A0: torch.Tensor, B0: torch.Tensor) -> None:
     """[A0; A0] and [B0, -B0], the second half frozen: the paper's dynamics, base untouched."""
     write_none(slot, A0, B0)
-    freeze_copy(slot, AnchoredLinear)
+    freeze_copy(slot, AnchoredLinear, A0, B0)
 
 
 def write_subtract(slot: AdapterSlot, A0: torch.Tensor, B0: torch.Tensor) -> None:
     """A = A0, B = B0 and W <- W - s B0 A0, in place (LoRA-GA, arXiv 2407.05000, to the letter)."""
     write_none(slot, A0, B0)
     shift_base(slot, -1)
-    freeze_copy(slot, ShiftedLinear)
+    freeze_copy(slot, ShiftedLinear, A0, B0)
 
 
-def freeze_copy(slot: AdapterSlot, kind: type[TwoHalves]) -> None:
-    """Give the adapter a frozen half that cancels what its trained half is now."""
-    A0, B0 = slot.lora_A.weight.detach(), slot.lora_B.weight.detach()
+def freeze_copy(slot: AdapterSlot, kind: type[TwoHalves], A0: torch.Tensor, B0: torch.Tensor) -> None:
+    """Give the adapter, filled with A0 and B0, a frozen half that cancels them."""
     _add_half(slot.lora_A, kind, _RANK_DIM_A, A0)
     _add_half(slot.lora_B, kind, _RANK_DIM_B, -B0)
 
 
 def freeze_nothing(slot: AdapterSlot, kind: type[TwoHalves]) -> None:
     """Give an adapter without a start a frozen half of zeros: an ordinary LoRA that saves with rank 2r."""
-    _add_half(slot.lora_A, kind, _RANK_DIM_A, torch.zeros_like(slot.lora_A.weight))
-    _add_half(slot.lora_B, kind, _RANK_DIM_B, torch.zeros_like(slot.lora_B.weight))
+    _add_half(slot.lora_A, kind, _RANK_DIM_A, torch.zeros(slot.lora_A.weight.shape))
+    _add_half(slot.lora_B, kind, _RANK_DIM_B, torch.zeros(slot.lora_B.weight.shape))
 
 
 def split_whole(slot: AdapterSlot) -> None:

@@ -102,11 +102,13 @@ class InitReport:
         layers (`list[LayerReport]`): in the order of the model.
         config (`dict`): options of the initialisation.
         seconds (`dict[str, float]`): wall time by phase.
-        state_bytes (`int`): memory the estimators held at their largest.
-        micro_batches (`int`): batches taken from the loader.
+        state_bytes (`int`): memory the estimators held at their largest, on this rank.
+        micro_batches (`int`): batches taken from the loaders of all ranks.
         skipped_batches (`int`): of these, the ones in which some layer met NaN or Inf.
         versions (`dict`): of the libraries.
         seed (`int`): of the random numbers used.
+        ranks (`int`): processes that took part.
+        reduced_bytes (`int`): what this rank gave to reductions and broadcasts among them.
     """
 
     layers: list[LayerReport]
@@ -117,6 +119,8 @@ class InitReport:
     skipped_batches: int = 0
     versions: dict[str, str | None] = field(default_factory=versions)
     seed: int = 0
+    ranks: int = 1
+    reduced_bytes: int = 0
 
     @property
     def initialised(self) -> list[LayerReport]:
@@ -231,11 +235,12 @@ class InitReport:
         if shares:
             total += f"; captured energy mean {_percent(fmean(shares))}, lowest {_percent(min(shares))}"
         left_out = f" ({self.skipped_batches} with NaN or Inf left out)" if self.skipped_batches else ""
+        shared = f", {self.ranks} ranks with {_bytes(self.reduced_bytes)} reduced" if self.ranks > 1 else ""
         phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.seconds.items())
         options = (self.config.get(key) for key in ("method", "direction", "scale", "offset", "estimator"))
         return [
             total,
-            f"{self.micro_batches} micro-batches{left_out}, state {_bytes(self.state_bytes)}, "
+            f"{self.micro_batches} micro-batches{left_out}, state {_bytes(self.state_bytes)}{shared}, "
             f"seed {self.seed}, {', '.join(str(option) for option in options if option is not None)}",
             f"{phases}, total {sum(self.seconds.values()):.2f} s" if phases else "no timings",
         ]

@@ -36,6 +36,8 @@ def report_of(
         micro_batches=estimation.micro_batches,
         skipped_batches=estimation.skipped_batches,
         seed=seed,
+        ranks=estimation.ranks,
+        reduced_bytes=estimation.reduced_bytes,
     )
 
 

@@ -270,6 +270,14 @@ def test_bad_data_is_found_before_the_model_is_looked_for(tmp_path, capsys):
     nothing_left(tmp_path, "data.jsonl")
 
 
+def test_several_processes_do_not_write_one_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("model", "--data", tmp_path / "data", "--output", tmp_path / "out") == 2
+    assert "torchrun started several" in one_line(capsys, 2)
+    nothing_left(tmp_path)
+
+
 def test_no_such_model(tmp_path, capsys, monkeypatch):
     import huggingface_hub.constants
 

@@ -113,7 +113,7 @@ def test_state_dict_speaks_the_plain_weight(kind):
     slot, other = slot_of(bias=True), slot_of(bias=True)
     for each in (slot, other):
         offsets.write_none(each, *start())
-        offsets.freeze_copy(each, kind)
+        offsets.freeze_copy(each, kind, each.lora_A.weight.detach(), each.lora_B.weight.detach())
     with torch.no_grad():
         slot.lora_A.trained.add_(1)
         slot.lora_B.bias.add_(1)
@@ -132,7 +132,7 @@ def test_state_dict_speaks_the_plain_weight(kind):
 def test_loading_something_else_is_refused(kind):
     slot = slot_of()
     offsets.write_none(slot, *start())
-    offsets.freeze_copy(slot, kind)
+    offsets.freeze_copy(slot, kind, slot.lora_A.weight.detach(), slot.lora_B.weight.detach())
     before = copy.deepcopy(slot.lora_A.state_dict())
     for weight, match in (
         (torch.zeros(R, N), f"rank {R} and no frozen half"),

@@ -14,6 +14,7 @@ from zoo import captured, objective_excess
 
 import loraga
 from loraga.config import InitConfig
+from loraga.distributed import Ranks
 from loraga.estimation import estimate
 from loraga.estimators import Dense, LayerSpec, StagingRing
 from loraga.quiet import quiet
@@ -255,6 +256,7 @@ def test_what_is_held_for_a_layer_that_is_not_linear(estimator, dtype):
         {"conv1": RANK},
         batches(),
         config,
+        Ranks(),
         loss_fn=loss_of,
         max_batches=None,
         seed=0,

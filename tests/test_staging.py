@@ -29,7 +29,7 @@ def values(layer: Dense) -> torch.Tensor:
 
 def feed(layer: Dense, kind: str, seed: int, scale: float) -> torch.Tensor:
     """One update: through a pair, as a whole gradient, or either with a NaN."""
-    m, n = layer._spec.m, layer._spec.n
+    m, n = layer.spec.m, layer.spec.n
     g = torch.Generator().manual_seed(seed)
     if kind in ("pair", "bad pair"):
         x, dy = torch.randn(5, n, generator=g), torch.randn(5, m, generator=g)
@@ -129,6 +129,45 @@ def test_factors_from_host_memory_are_those_from_the_device():
     assert torch.allclose(ours.factors.S, theirs.factors.S, rtol=1e-5)
     assert torch.allclose(ours.factors.U @ ours.factors.Vh, theirs.factors.U @ theirs.factors.Vh, atol=1e-4)
     assert ours.energy == pytest.approx(theirs.energy, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buffers_in_host_memory_are_merged_over_ranks(dtype):
+    """Two ranks, played in one process; one of them has seen nothing."""
+    specs = [LayerSpec(f"layer{i}", 50, 40, 4, i, CPU) for i in range(2)]
+    plain, empty = ([Dense(spec, dtype) for spec in specs] for _ in range(2))
+    with Queues() as queues:
+        rings = [StagingRing(CPU, RING, queues) for _ in range(2)]
+        ranks = [[Dense(spec, dtype, ring) for spec in specs] for ring in rings]
+        for i in range(4):
+            for layer in (ranks[0][i % 2], plain[i % 2]):
+                feed(layer, "pair", i, 1.0)
+        for ring in rings:
+            ring.close()
+        for group in (ranks, (plain, empty)):
+            for parts in zip(*(Dense.merging(rank, 0.5) for rank in group), strict=True):
+                total = sum(parts)
+                for part in parts:
+                    part.copy_(total)
+        for rank in (*ranks, empty):
+            for ours, theirs in zip(rank, plain, strict=True):
+                assert values(ours).abs().max() > 0
+                torch.testing.assert_close(values(ours), values(theirs), rtol=0.02, atol=1e-2)
+    assert queues.races == []
+
+
+def test_a_buffer_is_overwritten_behind_what_is_on_its_way():
+    with Queues() as queues:
+        ring = StagingRing(CPU, RING, queues)
+        staged, plain = layers(ring, torch.float32)[0], layers(None, torch.float32)[0]
+        feed(staged, "pair", 0, 1.0)
+        ring.store(staged._host, torch.ones(*SHAPES[0]))
+        plain._g.fill_(1.0)
+        for layer in (staged, plain):
+            feed(layer, "pair", 1, 1.0)
+        ring.close()
+        torch.testing.assert_close(values(staged), values(plain), rtol=1e-5, atol=1e-5)
+    assert queues.races == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: ordering is checked by a race detector above")

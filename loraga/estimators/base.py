@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,8 +41,16 @@ class Estimator(Protocol):
     """Sums the gradients of one layer, without waiting for the device."""
 
     @property
+    def spec(self) -> LayerSpec:
+        """The layer."""
+
+    @property
     def state_bytes(self) -> int:
         """Bytes held between updates."""
+
+    @property
+    def exchange_bytes(self) -> int:
+        """Size of the largest tensor that `merging` yields for one layer."""
 
     @property
     def kind(self) -> Hashable:
@@ -50,6 +58,14 @@ class Estimator(Protocol):
 
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         """Add scale · dyᵀ x for x (T, n), dy (T, m); returns a 0-dim bool tensor, False where NaN or Inf was met."""
+
+    @staticmethod
+    def merging(group: Sequence[Any], scale: float) -> Iterator[Tensor]:
+        """Yield tensors, each to be summed over ranks in place before the next is asked for.
+
+        `group` is estimators of one class, (m, n) and rank. At the end each stands for the sum over ranks of what it
+        stood for, times that rank's `scale`, and takes no more updates.
+        """
 
     @staticmethod
     def finish(group: Sequence[Any]) -> tuple[Factors, Tensor]:

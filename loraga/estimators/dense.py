@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Dense:
     """
 
     def __init__(self, spec: LayerSpec, dtype: torch.dtype = torch.float32, ring: StagingRing | None = None) -> None:
-        self._spec, self._dtype = spec, dtype
+        self.spec, self._dtype = spec, dtype
         if ring is None:
             self._g = torch.zeros(spec.m, spec.n, dtype=dtype, device=spec.device)
         else:
@@ -40,12 +40,16 @@ class Dense:
 
     @property
     def kind(self) -> Hashable:
-        return Dense, self._dtype, self._spec.m, self._spec.n, self._spec.rank, self._spec.device
+        return Dense, self._dtype, self.spec.m, self.spec.n, self.spec.rank, self.spec.device
 
     @property
     def state_bytes(self) -> int:
         g = self._g if self._ring is None else self._host.values
         return g.numel() * g.element_size()
+
+    @property
+    def exchange_bytes(self) -> int:
+        return 4 * self.spec.m * self.spec.n
 
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         if self._ring is None:
@@ -76,21 +80,35 @@ class Dense:
         )
         return finite
 
+    def _sum(self) -> Tensor:
+        """The buffer, on its device."""
+        return self._g if self._ring is None else self._ring.load(self._host)
+
     def _taken(self) -> Tensor:
         """The buffer, on its device and no longer held here."""
+        g = self._sum()
         if self._ring is None:
-            g = self._g
             del self._g
         else:
-            g = self._ring.load(self._host)
             del self._host
         return g
 
     @staticmethod
+    def merging(group: Sequence[Dense], scale: float) -> Iterator[Tensor]:
+        device = group[0].spec.device
+        total = torch.stack([dense._sum().to(device, torch.float32) for dense in group]).mul_(scale)
+        yield total
+        for dense, merged in zip(group, total, strict=True):
+            if dense._ring is None:
+                dense._g.copy_(merged)
+            else:
+                dense._ring.store(dense._host, merged)
+
+    @staticmethod
     def finish(group: Sequence[Dense]) -> tuple[Factors, Tensor]:
-        spec = group[0]._spec
+        spec = group[0].spec
         g = stacked([estimator._taken() for estimator in group])
-        factors = truncated_svd(g, spec.rank, seed=[estimator._spec.seed for estimator in group])
+        factors = truncated_svd(g, spec.rank, seed=[estimator.spec.seed for estimator in group])
         # never below the factors' own energy, by the same sums
         return factors, torch.maximum(_energy(g, factors.S[:, 0]), factors.S.double().square().sum(-1))
 

@@ -47,7 +47,7 @@ class CudaQueues:
 
 
 class HostMatrix:
-    """An (m, n) sum in host memory. Between updates only `StagingRing.load` may look at it."""
+    """An (m, n) sum in host memory. Between updates only its `StagingRing` may look at it."""
 
     def __init__(self, m: int, n: int, dtype: torch.dtype, pinned: bool) -> None:
         self.values = torch.zeros(m, n, dtype=dtype, pin_memory=pinned)
@@ -154,6 +154,15 @@ class StagingRing:
         if host.stored is not None:
             self._queues.current().wait_event(host.stored)
         return host.values.to(self._device, non_blocking=True)
+
+    def store(self, host: HostMatrix, values: Tensor) -> None:
+        """Overwrite a whole buffer by (m, n) values that the caller's queue has on the device."""
+        current = self._queues.current()
+        if host.stored is not None:
+            current.wait_event(host.stored)
+        # rounded on the device: a copy that converts goes through memory that is not pinned, and the host waits for it
+        host.values.copy_(values.to(self._device, host.values.dtype), non_blocking=True)
+        host.stored = current.record_event()
 
     def _settle(self, most: int) -> None:
         while len(self._pending) > most:

@@ -14,7 +14,7 @@ that of Halko, Martinsson, Tropp (2011), algorithm 4.4, with G applied as a prod
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class Streaming:
     """
 
     def __init__(self, spec: LayerSpec, micro_batches: int | None = None) -> None:
-        self._spec = spec
+        self.spec = spec
         self._micro_batches = micro_batches
         self._k = sketch_width(spec.rank)
         self._q = torch.zeros(spec.m, self._k, dtype=torch.float32, device=spec.device)
@@ -78,16 +78,20 @@ class Streaming:
 
     @property
     def kind(self) -> Hashable:
-        return Streaming, self._spec.m, self._spec.n, self._spec.rank, self._spec.device
+        return Streaming, self.spec.m, self.spec.n, self.spec.rank, self.spec.device
 
     @property
     def state_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self._q, self._z, self._probes, self._probed))
 
+    @property
+    def exchange_bytes(self) -> int:
+        return 4 * max(self.spec.n * self._k, self.spec.m * (self._k + _PROBES))
+
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         # NaN or Inf in x or dy makes `left` not finite and all that follows worthless: `commit_` drops it at the end
         if self._empty:  # nothing summed yet: start from the left, which costs half of a pass
-            start = test_matrix(self._spec.m, self._k, self._spec.seed, self._q.device)
+            start = test_matrix(self.spec.m, self._k, self.spec.seed, self._q.device)
             v = _basis(_ops.right_product(x, dy, start, rounded=True).mT)
         else:
             v = _basis(self._z.mT)
@@ -111,13 +115,41 @@ class Streaming:
         return _ops.right_product(x, dy, q, scale, rounded=True, onto=onto)
 
     @staticmethod
+    def merging(group: Sequence[Streaming], scale: float) -> Iterator[Tensor]:
+        """The range finder on the sum S of the ranks' Q Z, which is formed nowhere (design §4.7).
+
+            V = orth(Sᵀ Ω),   Q = orth(S V),   Z = Qᵀ S
+
+        Ω is the same on all ranks, so each of the three is a sum over ranks.
+        """
+        device, k = group[0].spec.device, group[0]._k
+        q, z, probed = (
+            stacked([state.to(device) for state in states])
+            for states in zip(*((s._q, s._z, s._probed) for s in group), strict=True)
+        )
+        z = z * scale
+        omega = stacked([test_matrix(s.spec.m, k, s.spec.seed + 2, device) for s in group])
+        sketch = z.mT @ (q.mT @ omega)
+        yield sketch
+        v = _basis(sketch)
+        # what the probes saw is a sum over ranks already, and travels with the second
+        reached = torch.cat((q @ (z @ v), probed * scale), dim=2)
+        yield reached
+        merged_q = _basis(reached[..., :k])
+        merged_z = (merged_q.mT @ q) @ z
+        yield merged_z
+        for streaming, *state in zip(group, merged_q, merged_z, reached[..., k:], strict=True):
+            for own, merged in zip((streaming._q, streaming._z, streaming._probed), state, strict=True):
+                own.copy_(merged)
+
+    @staticmethod
     def finish(group: Sequence[Streaming]) -> tuple[Factors, Tensor]:
         state = [(estimator._q, estimator._z, estimator._probes, estimator._probed) for estimator in group]
         q, z, probes, probed = (stacked(tensors) for tensors in zip(*state, strict=True))
         del state
         for estimator in group:
             del estimator._q, estimator._z, estimator._probes, estimator._probed
-        factors, spectrum = factorize(q, z, group[0]._spec.rank)
+        factors, spectrum = factorize(q, z, group[0].spec.rank)
         # energy = |QZ|² exactly + E|(I − QQᵀ) G ω|² / E|ω_i|², estimated from the probes (Hutchinson, 1989);
         # entries of ω are uniform in [-1, 1): variance 1/3
         scale = spectrum[:, :1, None].clamp_min(1e-30)

@@ -23,6 +23,7 @@ from loraga.integrations._config import (
 from loraga.integrations._slots import check_adapter, check_is_lora, find_slots, ranks_and_alphas
 from loraga.integrations._targets import INNER_PREFIX
 from loraga.offsets import TwoHalves
+from loraga.sharding import is_sharded
 from loraga.snapshot import structure
 
 
@@ -45,8 +46,10 @@ def attach_anchor(peft_model: PeftModel, path: str | os.PathLike, adapter_name: 
         adapter_name (`str`): its name in `peft_model`.
 
     Raises:
-        ValueError: there is no such adapter, no `loraga.json`, or it does not describe this adapter.
+        ValueError: there is no such adapter, no `loraga.json`, it does not describe this adapter, or the model is
+            sharded.
     """
+    _check_not_sharded(peft_model, "attach the frozen half before fully_shard")
     check_adapter(peft_model, adapter_name)
     ranks = read_side_file(path)["trainable_rank"]
     found, unsupported = find_slots(peft_model, adapter_name)
@@ -96,8 +99,9 @@ def export_adapter(
         `dict[str, float]`: relative Frobenius error of each layer's update, by layer name; also in `loraga.json`.
 
     Raises:
-        ValueError: there is no such adapter or layer, or `rank` is below 1.
+        ValueError: there is no such adapter or layer, `rank` is below 1, or the model is sharded.
     """
+    _check_not_sharded(peft_model, "save the adapter, and export it from a whole model")
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank} must be at least 1.")
     check_is_lora(peft_model, adapter_name)
@@ -122,6 +126,11 @@ def export_adapter(
     config.save_pretrained(os.fspath(output_dir))
     write_side_file(output_dir, {"offset": "export", "relative_error": errors})
     return errors
+
+
+def _check_not_sharded(model: nn.Module, instead: str) -> None:
+    if is_sharded(model):
+        raise ValueError(f"The parameters of this model are sharded; {instead}.")
 
 
 def _whole(linear: nn.Linear) -> torch.Tensor:

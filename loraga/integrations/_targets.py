@@ -28,6 +28,16 @@ _ORDINARY_STARTS = (True, "gaussian")
 _WRAPPERS = {nn.DataParallel: "module", nn.parallel.DistributedDataParallel: "module", OptimizedModule: "_orig_mod"}
 
 
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside `DistributedDataParallel`, or `model` itself.
+
+    All that the wrapper adds is averaging weight gradients over ranks, of which there are none here.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module
+    return model
+
+
 def find_target_names(
     model: nn.Module,
     target_modules: str | Iterable[str] | None = "all-linear",

@@ -28,6 +28,7 @@ from loraga.integrations._slots import (
 )
 from loraga.linalg import seed_of, truncated_svd
 from loraga.offsets import AdapterSlot, AnchoredLinear, ShiftedLinear, TwoHalves
+from loraga.sharding import follow_names, is_distributed, is_sharded
 from loraga.snapshot import structure, tensors
 
 Start = tuple[torch.Tensor, torch.Tensor]
@@ -45,11 +46,22 @@ def start_of(slot: AdapterSlot, factors: Factors, init: InitConfig, seed: int) -
     """A0 (r, n) and B0 (m, r) of one layer; see `recipes.start`."""
     sigma = None
     if init.method == "lora-ga" and init.scale == "weight-svd":
+        if is_distributed(slot.base_layer.weight):
+            raise ValueError(
+                f"scale='weight-svd' needs the whole weight of {slot.name!r}, which is sharded; use scale='stable'."
+            )
         sigma = truncated_svd(base_weight(slot), slot.rank, seed=seed_of(seed, slot.name)).S
     return recipes.start(factors, slot.rank, init, scaling=slot.scaling, name=slot.name, seed=seed, weight_sigma=sigma)
 
 
-def write_start(peft_model: PeftModel, adapter_name: str, starts: Mapping[str, Start], offset: str) -> None:
+def write_start(
+    peft_model: PeftModel,
+    adapter_name: str,
+    starts: Mapping[str, Start],
+    offset: str,
+    *,
+    confirm: Callable[[], object] = lambda: None,
+) -> None:
     """Give the layers of an adapter their start; all of them, or none if anything fails.
 
     With `"subtract"` the base weights change; while it runs, a copy of them is held in host memory.
@@ -60,6 +72,7 @@ def write_start(peft_model: PeftModel, adapter_name: str, starts: Mapping[str, S
         starts (`dict[str, tuple[Tensor, Tensor]]`): A0 (r, n) and B0 (m, r) by `AdapterSlot.name`. Layers that are
             missing stay an ordinary LoRA.
         offset (`str`): `"anchor"`, `"subtract"`, `"zero-b"` or `"none"`.
+        confirm (callable): called when all is written; if it raises, nothing was.
 
     Raises:
         ValueError: the adapter cannot be initialised (see `check_adapter`), the offset does not go with the model
@@ -90,9 +103,12 @@ def write_start(peft_model: PeftModel, adapter_name: str, starts: Mapping[str, S
             kept = ranks_and_alphas(peft_model, adapter_name, unsupported)
             plain = double_rank(plain, offset, {slot.name: slot.rank for slot in slots}, kept)
         peft_model.peft_config[adapter_name] = plain
+        follow_names(peft_model)
+        confirm()
     except BaseException:
         for restore in undo:
             restore()
+        follow_names(peft_model)
         peft_model.peft_config[adapter_name] = config
         raise
 
@@ -109,12 +125,14 @@ def restore_base(peft_model: PeftModel, adapter_name: str = "default") -> None:
         adapter_name (`str`): its name.
 
     Raises:
-        ValueError: the adapter was not initialised with `"subtract"`, or adapters are merged.
+        ValueError: the adapter was not initialised with `"subtract"`, adapters are merged, or the model is sharded.
     """
     config = peft_model.peft_config.get(adapter_name)
     if not isinstance(config, TwoHalvesConfig) or getattr(config, "offset", None) != "subtract":
         raise ValueError(f"Adapter {adapter_name!r} was not initialised with offset='subtract'; nothing to restore.")
     check_not_merged(peft_model)
+    if is_sharded(peft_model):
+        raise ValueError("The weights of this model are sharded; call restore_base before fully_shard.")
     slots = [slot for slot in find_slots(peft_model, adapter_name)[0] if isinstance(slot.lora_A, ShiftedLinear)]
     undo = _remember(slots, adapter_name, base_too=True)
     try:
@@ -173,16 +191,32 @@ def _check_in_memory(peft_model: PeftModel, adapter_name: str, others: Iterable[
 
 
 def check_offset(peft_model: PeftModel, adapter_name: str, offset: str) -> None:
-    """Raise `ValueError` unless `offset` can be applied: any but `"subtract"` can, always.
+    """Raise `ValueError` unless `offset` can be applied to this adapter.
 
-    `"subtract"` needs base weights that are not quantized, not shared with another module, and not used by other
+    All but `"subtract"` can, except to DoRA in a sharded model.
+    `"subtract"` needs base weights that are not quantized, sharded, shared with another module, or used by other
     adapters. The message names the layer and the offsets that work.
     """
     check_choice("offset", offset, OFFSETS)
+    slots = find_slots(peft_model, adapter_name)[0]
+    if is_sharded(peft_model):
+        _check_sharded(slots, adapter_name, offset)
     if offset == "subtract":
         check_alone(peft_model.peft_config, adapter_name)
-        slots, _ = find_slots(peft_model, adapter_name)
         check_subtractable(peft_model, {slot.name: slot.base_layer for slot in slots})
+
+
+def _check_sharded(slots: list[AdapterSlot], adapter_name: str, offset: str) -> None:
+    if offset == "subtract":
+        raise ValueError(
+            "offset='subtract' does not change the weights of a sharded model; use offset='anchor' or 'zero-b', or "
+            "initialise before fully_shard."
+        )
+    for slot in slots:
+        if _magnitude(slot, adapter_name) is not None:
+            raise ValueError(
+                f"The DoRA magnitude of {slot.name!r} is the norm of a sharded weight; initialise before fully_shard."
+            )
 
 
 def check_alone(adapter_names: Iterable[str], adapter_name: str) -> None:

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from loraga.integrations._files import attach_anchor, export_adapter
 from loraga.integrations._slots import adapters_disabled, base_weight, check_adapter, find_slots, quantized
-from loraga.integrations._targets import find_target_names, inject, is_linear_like
+from loraga.integrations._targets import find_target_names, inject, inner_model, is_linear_like
 from loraga.integrations._writing import check_offset, restore_base, start_of, write_start
 from loraga.integrations.plugin import apply_to_peft, restore_peft
 from loraga.resume import watch_optimizers
@@ -27,6 +27,7 @@ __all__ = [
     "find_slots",
     "find_target_names",
     "inject",
+    "inner_model",
     "is_linear_like",
     "quantized",
     "restore_base",

@@ -28,13 +28,15 @@ from transformers.pytorch_utils import Conv1D
 
 from loraga import offsets, recipes, summary
 from loraga.config import InitConfig, check_choice
+from loraga.distributed import Ranks
 from loraga.estimation import estimate_step
 from loraga.factors import Factors
 from loraga.integrations._slots import slot_of
 from loraga.integrations._targets import find_targets
 from loraga.integrations._writing import check_alone, check_subtractable, start_of
 from loraga.linalg import seed_of, truncated_svd
-from loraga.report import written_whole
+from loraga.report import InitReport, written_whole
+from loraga.sharding import check_sharding, is_sharded
 
 # the releases whose LoRA-GA was read and run with the tests of this file
 KNOWN = ((0, 19), (0, 20), (0, 21))
@@ -83,9 +85,12 @@ def apply_to_peft() -> None:
       `requires_grad`, buffers and hooks are as before afterwards, also when the step raises.
     - `_peft_loraga_grad` is a `SketchedGradient`: factors for the rank of the config, of the weight's `shape`. A larger
       rank needs another `preprocess_loraga`.
+    - Where torch.distributed is initialised, every rank must call `preprocess_loraga`, each with batches of its own;
+      the mean is over all of them and the base changes alike on all ranks. If one raises, all do. Rank 0 writes the
+      cache file, and it is used where all ranks find it.
     - Layers without a gradient are named in a warning, and in `model.loraga_report`.
-    - Refused with a clear error before the step runs: unknown options, 2r above a layer's size, quantized or shared
-      weights, adapters already there, `target_parameters`, `layer_replication`.
+    - Refused with a clear error before the step runs: unknown options, 2r above a layer's size, quantized, shared or
+      sharded weights, adapters already there, `target_parameters`, `layer_replication`.
 
     Imports made earlier are served too, since `preprocess_loraga` is changed inside. What cannot be caught: PEFT's
     `estimate_gradients` imported by name before this call (its gradients are taken all the same), and copies of these
@@ -209,24 +214,32 @@ def _preprocess(
     Raises:
         ValueError: an option, a target or the cache file does not fit, or no target saw a gradient; the message names
             it. Nothing is left at the model then.
+        RankFailed: another rank raised.
     """
-    targets = _targets(model, lora_config)
-    if cache_file is not None and os.path.exists(cache_file) and os.path.getsize(cache_file):
-        found = _read(cache_file, targets)
-        ordinary = {name: reason for name, reason in found.items() if isinstance(reason, str)}
-        if ordinary:
-            summary.warn_of_ordinary(ordinary, _TO_CALLER - 1)
-    else:
-        found = _estimate(model, lora_config, targets, train_step)
-        if cache_file is not None:
-            _write(cache_file, found)
-    _attach(targets, found)
+    report = None
+    with Ranks() as ranks:
+        targets = _targets(model, lora_config)
+        missing = cache_file is None or not os.path.exists(cache_file) or not os.path.getsize(cache_file)
+        if ranks.any(missing):
+            found, report = _estimate(model, lora_config, targets, train_step, ranks)
+            if cache_file is not None and ranks.first:
+                _write(cache_file, found)
+        else:
+            found = _read(cast(str, cache_file), targets)
+            ordinary = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+            if ordinary and ranks.first:
+                summary.warn_of_ordinary(ordinary, _TO_CALLER - 1)
+        ranks.meet()
+    _attach(model, targets, found, report)
 
 
 def _estimate_gradients(model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any]) -> None:
     """In place of `peft.tuners.lora.loraga.estimate_gradients`."""
-    targets = _targets(model, lora_config)
-    _attach(targets, _estimate(model, lora_config, targets, train_step))
+    with Ranks() as ranks:
+        targets = _targets(model, lora_config)
+        found, report = _estimate(model, lora_config, targets, train_step, ranks)
+        ranks.meet()
+    _attach(model, targets, found, report)
 
 
 def _targets(model: nn.Module, lora_config: LoraConfig) -> list[_Target]:
@@ -240,6 +253,12 @@ def _targets(model: nn.Module, lora_config: LoraConfig) -> list[_Target]:
     for option in ("target_parameters", "layer_replication"):
         if getattr(lora_config, option, None):
             raise ValueError(f"PEFT's LoRA-GA does not go with {option}; leave it out, or use loraga.fast_init.")
+    check_sharding(model)
+    if is_sharded(model):
+        raise ValueError(
+            "The weights of this model are sharded, and PEFT's LoRA-GA changes them. Call preprocess_loraga and "
+            "get_peft_model before fully_shard, or use loraga.fast_init, which leaves the base as it is."
+        )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             "This model carries adapters already, and PEFT's LoRA-GA changes the base weights under them. Use "
@@ -281,8 +300,8 @@ def _options(lora_ga_config: Any) -> InitConfig:
 
 
 def _estimate(
-    model: nn.Module, lora_config: LoraConfig, targets: list[_Target], train_step: Callable[[], Any]
-) -> _Found:
+    model: nn.Module, lora_config: LoraConfig, targets: list[_Target], train_step: Callable[[], Any], ranks: Ranks
+) -> tuple[_Found, InitReport]:
     init = _options(lora_config.lora_ga_config)
     estimation = estimate_step(
         model,
@@ -290,20 +309,26 @@ def _estimate(
         {target.name: init.triplets(target.rank) for target in targets},
         train_step,
         init,
+        ranks,
         seed=_SEED,
     )
     report = summary.report_of(targets, {}, estimation, init, _SEED)
     if not report.initialised:
         raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")
-    summary.warn_about(report, _TO_CALLER)
-    model.loraga_report = report  # type: ignore[assignment]  # PEFT hands it on to the PeftModel
-    return {
+    if ranks.first:
+        summary.warn_about(report, _TO_CALLER)
+    found: _Found = {
         layer.name: estimation.estimates[layer.name].factors if layer.initialised else layer.reason
         for layer in report.layers
     }
+    return found, report
 
 
-def _attach(targets: list[_Target], found: Mapping[str, Factors | str]) -> None:
+def _attach(
+    model: nn.Module, targets: list[_Target], found: Mapping[str, Factors | str], report: InitReport | None
+) -> None:
+    if report is not None:
+        model.loraga_report = report  # type: ignore[assignment]  # PEFT hands it on to the PeftModel
     for target in targets:
         factors = found[target.name]
         vars(target.module).pop(_ATTRIBUTE, None)  # of an earlier run

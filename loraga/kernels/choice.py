@@ -1,7 +1,7 @@
 """Which implementation a CUDA device gets: a kernel only where it was measured to win.
 
 wins.json maps an op, a compute capability and the bits of its operands to ranges of work (bytes moved) in which the
-kernel beat the best composition of torch and cuBLAS; `benchmarks/kernels.py` measures and writes it. What was not
+kernel beat the best composition of torch and cuBLAS; `benchmarks/roofline.py` measures and writes it. What was not
 measured is not picked. LORAGA_TRITON=1 picks the kernels always, LORAGA_TRITON=0 never.
 """
 

@@ -1,8 +1,8 @@
 """Each kernel beside the best composition of torch and cuBLAS: time, share of the machine's ceilings, error.
 
-    python benchmarks/kernels.py --output results.json               on a GPU: all rows, a few minutes
-    python benchmarks/kernels.py --sizes tiny --output results.json  anywhere; kernel rows say why not
-    python benchmarks/kernels.py --wins results.json                 rewrite loraga/kernels/wins.json from a result file
+    python benchmarks/roofline.py --output results.json               on a GPU: all rows, a few minutes
+    python benchmarks/roofline.py --sizes tiny --output results.json  anywhere; kernel rows say why not
+    python benchmarks/roofline.py --wins results.json                 rewrite loraga/kernels/wins.json from a result file
 
 Ceilings are measured in the same run: a large device copy (bytes read plus bytes written) and a large bfloat16 matrix
 product. Bytes count each operand read once and each result written once, so a share of the copy ceiling of 1 is the
