@@ -21,7 +21,7 @@ from loraga.config import InitConfig
 from loraga.distributed import Ranks, merge
 from loraga.estimators import Dense, Estimate, Estimator, LayerSpec, StagingRing, Streaming, finish
 from loraga.linalg import seed_of
-from loraga.quiet import kept, quiet
+from loraga.quiet import is_bitsandbytes, kept, quiet
 from loraga.sharding import is_sharded, resharded
 from loraga.sink import GradientSink, own_weights
 from loraga.taps import Taps
@@ -327,6 +327,8 @@ class _Collector:
             self._devices[name] = weight.device
             if type(module) is nn.Linear and weight.dim() == 2:
                 self.make(name, weight.shape[0], weight.shape[1])
+            elif isinstance(module, nn.Linear) and is_bitsandbytes(module):  # its weight may be packed
+                self.make(name, module.out_features, module.in_features)
         for name, parameter in whole.items():
             m, n = parameter.flatten(1).shape
             self.estimators[name] = self._estimator(name, m, n, parameter.device, whole=True)

@@ -32,13 +32,28 @@ def rng_untouched() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether a layer is one of bitsandbytes'.
+
+    In eval mode on a CPU they compute what is meant for inference: 4-bit layers repack their weight for good, into a
+    form without backward (`is_packed_for_inference`), and 8-bit layers round their input to int8.
+    """
+    return type(module).__module__.startswith("bitsandbytes.")
+
+
+def is_packed_for_inference(module: nn.Module) -> bool:
+    """Whether bitsandbytes has repacked a 4-bit weight, so that no gradient passes this layer any more."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Freeze parameters and switch off what is random or keeps statistics, for the time of the context.
 
     All modules are put into eval mode (no dropout, BatchNorm statistics stand still) except where training mode is
-    what makes the code path work: modules that checkpoint activations only while training (transformers), and
-    recurrent layers, whose cuDNN backward exists only in training mode. On those the dropout rates are set to zero
+    what makes the code path work: modules that checkpoint activations only while training (transformers), recurrent
+    layers, whose cuDNN backward exists only in training mode, and layers of bitsandbytes. On those the dropout rates are set to zero
     instead. torch's own transformer layers keep to their ordinary path: in eval mode with nothing to train they would
     take one for inference, which calls no layer or passes nested tensors. Gradients are enabled also where the caller
     had disabled them. Modes, `requires_grad` and rates are as before afterwards, whatever happens inside.
@@ -49,14 +64,17 @@ def quiet(model: nn.Module) -> Iterator[None]:
             undo.callback(setattr, module, "training", module.training)
             checkpoints = bool(getattr(module, "gradient_checkpointing", False))
             checkpointing |= checkpoints
-            module.training = checkpoints or isinstance(module, nn.RNNBase)
+            module.training = checkpoints or isinstance(module, nn.RNNBase) or is_bitsandbytes(module)
             if module.training:
                 for owner in (module, getattr(module, "config", None)):
                     _zero_rates(owner, undo.callback)
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    # by name: accelerate makes offloaded parameters anew in every forward
+                    undo.callback(_require_grad, module, name)
         for parameter in model.parameters():
-            if parameter.requires_grad:
-                undo.callback(parameter.requires_grad_, True)
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(False)
         if checkpointing:
             _let_gradients_start_at_embeddings(model, undo)
         undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
@@ -79,6 +97,12 @@ def kept(model: nn.Module) -> Iterator[None]:
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.grad = None
         yield
+
+
+def _require_grad(module: nn.Module, name: str) -> None:
+    parameter = module._parameters.get(name)
+    if parameter is not None:
+        parameter.requires_grad_(True)
 
 
 def _zero_rates(owner: Any, later: Callable[..., Any]) -> None:

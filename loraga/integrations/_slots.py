@@ -15,8 +15,10 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from loraga.integrations._offloaded import is_offloaded, loaded, lost_to_offload, without_storage
 from loraga.integrations._targets import INNER_PREFIX, is_linear_like
 from loraga.offsets import AdapterSlot, ShiftedLinear, TwoHalves
+from loraga.quiet import is_packed_for_inference
 
 
 def check_is_lora(peft_model: PeftModel, adapter_name: str) -> None:
@@ -40,19 +42,25 @@ def check_adapter(peft_model: PeftModel, adapter_name: str) -> None:
     check_is_lora(peft_model, adapter_name)
     _check_base_is_original(peft_model)
     for name, module in peft_model.named_modules():
-        if isinstance(module, LoraLayer) and _nowhere(module, adapter_name):
-            raise ValueError(
-                f"The weight of layer {short_name(name)!r} is offloaded or not loaded yet (meta device), and PEFT made "
-                "its adapter there too, where no start can be written. Load the model into memory, in a smaller dtype "
-                "or quantized if need be."
-            )
+        if isinstance(module, LoraLayer) and without_storage(module, adapter_name):
+            _check_can_have_storage(short_name(name), module, adapter_name)
 
 
-def _nowhere(layer: LoraLayer, adapter_name: str) -> bool:
-    base = getattr(layer.get_base_layer(), "weight", None)
-    if not isinstance(base, torch.Tensor) or not base.is_meta or adapter_name not in layer.lora_A:
-        return False
-    return any(parameter.is_meta for parameter in layer.lora_A[adapter_name].parameters())
+def _check_can_have_storage(name: str, layer: LoraLayer, adapter_name: str) -> None:
+    base = layer.get_base_layer()
+    if is_offloaded(base) and not lost_to_offload(layer, adapter_name):
+        dora = "PEFT's DoRA needs it in memory all the time. Use use_dora=False"
+        other = "PEFT made its adapter on the meta device, where only those of linear layers can be mended. Exclude it"
+        raise ValueError(
+            f"The weight of layer {name!r} is offloaded, and "
+            f"{dora if adapter_name in layer.lora_magnitude_vector else other}, or load the model into memory."
+        )
+    if not is_offloaded(base) and getattr(getattr(base, "weight", None), "is_meta", False):
+        raise ValueError(
+            f"The weight of layer {name!r} is not loaded yet (meta device), or not by a hook of its own, and PEFT made "
+            "its adapter there too, where no start can be written. Load the model into memory, in a smaller dtype or "
+            "quantized if need be, or offload it with accelerate's cpu_offload, disk_offload or dispatch_model."
+        )
 
 
 def check_not_merged(model: nn.Module) -> None:
@@ -78,6 +86,17 @@ def short_name(name: str) -> str:
     """A parameter's or module's name as the base model knows it."""
     name = name.removeprefix(INNER_PREFIX).replace(".base_layer", "")
     return re.sub(r"\.lora_[AB]\..*$", "", name).removesuffix(".weight")
+
+
+def check_backward(model: nn.Module) -> None:
+    """Raise `ValueError` if a layer has no backward, so that no gradient would reach what is below it."""
+    for name, module in model.named_modules():
+        if is_packed_for_inference(module):
+            raise ValueError(
+                f"bitsandbytes has repacked the weight of layer {short_name(name)!r} for inference on this CPU, as it "
+                "does when a 4-bit layer runs in eval mode, and that form has no backward. Load the model again, and "
+                "initialise and train it before it is evaluated."
+            )
 
 
 def find_slots(peft_model: PeftModel, adapter_name: str) -> tuple[list[AdapterSlot], dict[str, str]]:
@@ -161,14 +180,26 @@ def quantized(base: nn.Module) -> bool:
     return type(weight) not in (nn.Parameter, torch.Tensor) and type(weight).__module__.split(".")[0] != "torch"
 
 
+def dequantized(base: nn.Module) -> torch.Tensor | None:
+    """A target's weight as the layer stores it, dequantized, or `None` where PEFT cannot do that."""
+    stored = getattr(base, "weight", None)
+    if stored is None and not hasattr(base, "W_q"):
+        return None
+    weight = dequantize_module_weight(base).detach()
+    if stored is not None and base.weight is not stored:
+        base.weight = stored  # PEFT puts a copy in place of what bitsandbytes keeps on a CPU
+    return weight
+
+
 def base_weight(slot: AdapterSlot) -> torch.Tensor:
     """The target's weight W (m, n), dequantized where it is stored otherwise.
 
     Raises:
         ValueError: its storage format is not known to PEFT.
     """
-    weight = dequantize_module_weight(slot.base_layer).detach()
-    if not weight.is_floating_point() or tuple(weight.shape) != (slot.shape[::-1] if slot.transposed else slot.shape):
+    with loaded(slot.base_layer):
+        weight = dequantized(slot.base_layer)
+    if weight is None or not weight.is_floating_point() or tuple(weight.shape) != (slot.shape[::-1] if slot.transposed else slot.shape):
         raise ValueError(
             f"The weight of {slot.name!r} ({type(slot.base_layer).__name__}) is stored in a form that PEFT cannot "
             "dequantize; use a scale other than 'weight-svd'."
@@ -181,9 +212,11 @@ def adapters_disabled(peft_model: nn.Module) -> Iterator[None]:
     """The base model's own function for the time of the context; `requires_grad` is not touched.
 
     Raises:
-        ValueError: an adapter is merged, or the base weights were changed by `offset="subtract"`.
+        ValueError: an adapter is merged, the base weights were changed by `offset="subtract"`, or a layer has no
+            backward.
     """
     _check_base_is_original(peft_model)
+    check_backward(peft_model)
     switches = [m for m in peft_model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     before = [module._disable_adapters for module in switches]
     try:

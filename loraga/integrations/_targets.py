@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -15,6 +16,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from transformers.pytorch_utils import Conv1D
 
+from loraga.integrations._offloaded import give_storage, lost_to_offload
 from loraga.sink import weight_matrix
 from loraga.snapshot import snapshot
 
@@ -118,7 +120,11 @@ def inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) 
         with warnings.catch_warnings():
             # PEFT sets it right itself, for every Conv1D
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
-            return get_peft_model(model, config, adapter_name=adapter_name)
+            peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+        for layer in peft_model.modules():
+            if isinstance(layer, LoraLayer) and lost_to_offload(layer, adapter_name):
+                give_storage(layer, adapter_name)
+        return peft_model
     except BaseException:
         restore()
         raise

@@ -9,17 +9,18 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from loraga import offsets, recipes
 from loraga.config import OFFSETS, InitConfig, check_choice
 from loraga.factors import Factors
 from loraga.integrations._config import TwoHalvesConfig, alpha_factor, double_rank, plain_start
+from loraga.integrations._offloaded import give_storage, home_of
 from loraga.integrations._slots import (
     base_weight,
     check_adapter,
     check_not_merged,
+    dequantized,
     find_slots,
     quantized,
     ranks_and_alphas,
@@ -243,7 +244,10 @@ def check_subtractable(model: nn.Module, targets: Mapping[str, nn.Module]) -> No
     for name, module in targets.items():
         weight = cast(torch.Tensor, module.weight)
         if weight.is_meta:
-            raise ValueError(f"offset='subtract' cannot change the weight of {name!r}, which is not in memory.")
+            raise ValueError(
+                f"offset='subtract' cannot change the weight of {name!r}, which is offloaded or not loaded yet. Use "
+                "offset='anchor' or 'zero-b', which leave it as it is."
+            )
         names = owners[weight.device, weight.data_ptr()]
         if len(names) > 1:
             raise ValueError(
@@ -263,18 +267,15 @@ def _warn_of_dropout(slots: list[AdapterSlot], adapter_name: str) -> None:
 
 
 def _make_plain(slot: AdapterSlot, adapter_name: str, factor: float) -> None:
-    """Undo an earlier anchor, and give weights to an adapter that PEFT made with `low_cpu_mem_usage=True`."""
+    """Undo an earlier anchor, and give weights to an adapter that PEFT made without (`low_cpu_mem_usage`, offload)."""
     if isinstance(slot.lora_A, AnchoredLinear):
         offsets.drop_anchor(slot)
         _set_rank(slot, adapter_name, 1, 1 / factor)
     if slot.lora_A.weight.is_meta:
-        device = slot.base_layer.weight.device
-        for linear in (slot.lora_A, slot.lora_B):
-            linear.to_empty(device=device)
-        slot.layer.reset_lora_parameters(adapter_name, True)
+        give_storage(slot.layer, adapter_name)
         magnitude = _magnitude(slot, adapter_name)
         if magnitude is not None:
-            magnitude.to_empty(device=device)
+            magnitude.to_empty(device=home_of(slot.base_layer))
             _reset_magnitude(slot, adapter_name)
 
 
@@ -293,6 +294,7 @@ def _reset_magnitude(slot: AdapterSlot, adapter_name: str) -> None:
     magnitude = _magnitude(slot, adapter_name)
     if magnitude is not None:
         with torch.no_grad():
-            weight = dequantize_module_weight(slot.base_layer)
+            weight = dequantized(slot.base_layer)
+            assert weight is not None  # PEFT has computed a magnitude of it
             nothing = torch.zeros((), device=weight.device, dtype=weight.dtype)
             magnitude.weight.copy_(magnitude.get_weight_norm(weight, nothing, slot.scaling))
