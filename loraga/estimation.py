@@ -21,7 +21,7 @@ from loraga.config import InitConfig
 from loraga.estimators import Dense, Estimate, Estimator, LayerSpec, StagingRing, Streaming, finish
 from loraga.linalg import seed_of
 from loraga.quiet import kept, quiet
-from loraga.sink import GradientSink, own_weights
+from loraga.sink import GradientSink, WholeWeight, own_weights
 from loraga.taps import Taps
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -60,13 +60,13 @@ def estimate(
     max_batches: int | None,
     seed: int,
     show_progress_bar: bool,
-    whole: Mapping[str, nn.Module] | None = None,
+    whole: Mapping[str, WholeWeight] | None = None,
 ) -> Estimation:
     """Factors of the mean gradient of every target, `ranks[name]` triplets each. `model` is left as it was.
 
-    `targets` are linear layers, whose gradient is a product that a tap sees. The gradient of the `weight` of the layers
-    in `whole` (`loraga.sink.weight_matrix`) is formed by autograd and summed in a dense buffer, also with
-    `config.estimator="streaming"` (float32 then): m is its first size, n all others together.
+    `targets` are linear layers, whose gradient is a product that a tap sees. Gradients of the weights in `whole` are
+    formed by autograd and summed in dense buffers, also with `config.estimator="streaming"` (float32 then). A stack of
+    experts has estimates by the names of its `WholeWeight.parts`.
 
     Raises:
         ValueError: no batch came, a batch has no usable loss, no target saw a gradient, or every batch had NaN or Inf.
@@ -84,7 +84,7 @@ def estimate(
         GradientSink(weights, collector.take),
         Taps(targets, collector.sink, whole) as taps,
     ):
-        collector.prepare(targets, weights)
+        collector.prepare(targets, whole)
         bar = tqdm(total=total, desc="loraga: gradients", unit="batch", disable=not show_progress_bar)
         with bar:
             for index, batch in enumerate(itertools.islice(loader, max_batches)):
@@ -93,7 +93,8 @@ def estimate(
                 bar.update()
     if collector.micro_batches == 0:
         raise ValueError("The loader gave no batch; loraga needs at least one to see a gradient.")
-    return _conclude(collector, ranks, taps.called, started, show_progress_bar)
+    called = taps.called.union(*(weight.parts(name) for name, weight in whole.items() if name in taps.called))
+    return _conclude(collector, ranks, called, started, show_progress_bar)
 
 
 def estimate_step(
@@ -183,6 +184,7 @@ class _Collector:
         self._weight = 1.0
         self._finite: list[dict[torch.device, Tensor]] = []
         self._rings: dict[torch.device, StagingRing] = {}
+        self._whole: Mapping[str, WholeWeight] = {}
         self.staging_bytes = 0
 
     def __enter__(self) -> None:
@@ -208,13 +210,15 @@ class _Collector:
 
     def take(self, name: str, gradient: Tensor) -> None:
         """A whole gradient, as `GradientSink` hands it over."""
-        key = self._next_call(name)
-        if key is not None:
-            estimator = self.estimators[name]
-            assert isinstance(estimator, Dense)  # `prepare` made it
-            self._flags[key] = estimator.add(gradient, self._weight)
+        whole = self._whole[name]
+        for part, matrix in zip(whole.parts(name), whole.matrices(gradient), strict=True):
+            key = self._next_call(part)
+            if key is not None:
+                estimator = self.estimators[part]
+                assert isinstance(estimator, Dense)  # `prepare` made it
+                self._flags[key] = estimator.add(matrix, self._weight)
 
-    def prepare(self, targets: Mapping[str, nn.Module], whole: Mapping[str, nn.Parameter]) -> None:
+    def prepare(self, targets: Mapping[str, nn.Module], whole: Mapping[str, WholeWeight]) -> None:
         """Make the estimators of layers whose shape and device are known before the first batch.
 
         State that is allocated amid the activations of a backward pass keeps their freed memory from being reused in
@@ -224,9 +228,10 @@ class _Collector:
             weight = getattr(module, "weight", None)
             if type(module) is nn.Linear and isinstance(weight, Tensor) and weight.dim() == 2 and not weight.is_meta:
                 self.estimators[name] = self._make(name, weight.shape[0], weight.shape[1], weight.device)
-        for name, parameter in whole.items():
-            m, n = parameter.flatten(1).shape
-            self.estimators[name] = self._make(name, m, n, parameter.device, whole=True)
+        self._whole = whole
+        for name, weight in whole.items():
+            for part in weight.parts(name):
+                self.estimators[part] = self._make(part, *weight.shape, weight.value.device, whole=True)
 
     def _make(self, name: str, m: int, n: int, device: torch.device, whole: bool = False) -> Estimator:
         rank = self._ranks[name]

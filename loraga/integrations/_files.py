@@ -22,7 +22,7 @@ from loraga.integrations._config import (
 )
 from loraga.integrations._slots import check_adapter, check_is_lora, find_slots, ranks_and_alphas
 from loraga.integrations._targets import INNER_PREFIX
-from loraga.offsets import TwoHalves
+from loraga.offsets import halved, trained, whole
 from loraga.snapshot import structure
 
 
@@ -55,7 +55,7 @@ def attach_anchor(peft_model: PeftModel, path: str | os.PathLike, adapter_name: 
         slot = slots.get(name)
         if slot is None:
             raise ValueError(f"{os.fspath(path)!r} describes layer {name!r}, which adapter {adapter_name!r} lacks.")
-        if isinstance(slot.lora_A, TwoHalves):
+        if halved(slot):
             raise ValueError(f"Adapter {adapter_name!r} has its frozen half attached already (layer {name!r}).")
         if slot.rank != 2 * rank:
             raise ValueError(
@@ -63,7 +63,7 @@ def attach_anchor(peft_model: PeftModel, path: str | os.PathLike, adapter_name: 
                 f"of rank {2 * rank}. Is this the directory the adapter was read from?"
             )
     config = peft_model.peft_config[adapter_name]
-    others = [name for name in (*slots, *unsupported) if name not in ranks]
+    others = [slot.path for slot in found if slot.name not in ranks] + list(unsupported)
     kept = ranks_and_alphas(peft_model, adapter_name, others)
     chosen = [slots[name] for name in ranks]
     restore = structure([module for slot in chosen for module in (slot.lora_A, slot.lora_B)])
@@ -84,7 +84,7 @@ def export_adapter(
 
     Every layer's update of the original base weights is replaced by its best approximation of that rank (Eckart and
     Young), found from the factors: no m x n matrix is formed. The model is not changed. Anything else the adapter
-    holds (`modules_to_save`, DoRA magnitudes, layers that are not linear) is written as it is.
+    holds (`modules_to_save`, DoRA magnitudes, layers loraga cannot start) is written as it is.
 
     Args:
         peft_model (`PeftModel`): holds the adapter.
@@ -108,13 +108,16 @@ def export_adapter(
     weights = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
     errors: dict[str, float] = {}
     for slot in slots:
-        A, B, errors[slot.name] = _best_approximation(_whole(slot.lora_A), _whole(slot.lora_B), rank or slot.rank)
+        held = slot.matrices(whole(slot.lora_A, slot.key), whole(slot.lora_B, slot.key))
+        best = [_best_approximation(A, B, rank or slot.rank) for A, B in held]
+        errors |= {part.name: error for part, (*_, error) in zip(slot.parts(), best, strict=True)}
+        A, B = slot.held([(A, B) for A, B, _ in best])
         if rank is not None:
             # one alpha for all layers: what a layer's scaling was beyond it moves into B
             B *= slot.scaling / (config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank))
-        key = f"{INNER_PREFIX}{slot.name}.lora_"
-        weights[f"{key}A.weight"] = A.to(slot.lora_A.weight.dtype)
-        weights[f"{key}B.weight"] = B.to(slot.lora_B.weight.dtype)
+        kind, end = ("embedding_", "") if isinstance(slot.lora_A, nn.ParameterDict) else ("", ".weight")
+        key, dtype = f"{INNER_PREFIX}{slot.path}.lora_{kind}", trained(slot.lora_A, slot.key).dtype
+        weights[f"{key}A{end}"], weights[f"{key}B{end}"] = A.to(dtype), B.to(dtype)
     os.makedirs(output_dir, exist_ok=True)
     peft_model.create_or_update_model_card(os.fspath(output_dir))
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
@@ -122,10 +125,6 @@ def export_adapter(
     config.save_pretrained(os.fspath(output_dir))
     write_side_file(output_dir, {"offset": "export", "relative_error": errors})
     return errors
-
-
-def _whole(linear: nn.Linear) -> torch.Tensor:
-    return linear.whole() if isinstance(linear, TwoHalves) else linear.weight
 
 
 def _best_approximation(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:

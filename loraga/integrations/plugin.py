@@ -196,6 +196,10 @@ class _Target:
     def transposed(self) -> bool:
         return isinstance(self.module, Conv1D)
 
+    @property
+    def if_zero(self) -> str:
+        return "gradient is zero"
+
 
 # what is known of a target: its factors, or why there are none
 _Found = dict[str, "Factors | str"]
