@@ -34,7 +34,7 @@ from loraga.integrations._slots import slot_of
 from loraga.integrations._targets import find_targets
 from loraga.integrations._writing import check_alone, check_subtractable, start_of
 from loraga.linalg import seed_of, truncated_svd
-from loraga.report import written_whole
+from loraga.whole_files import written_whole
 
 # the releases whose LoRA-GA was read and run with the tests of this file
 KNOWN = ((0, 19), (0, 20), (0, 21))
