@@ -21,6 +21,7 @@ from loraga.integrations._offloaded import is_offloaded, loaded, lost_to_offload
 from loraga.integrations._targets import INNER_PREFIX, is_linear_like
 from loraga.offsets import AdapterSlot, Shifted, can_halve, trained
 from loraga.quiet import is_packed_for_inference
+from loraga.sharding import is_distributed
 from loraga.sink import WholeWeight, weight_matrix
 
 
@@ -137,7 +138,9 @@ def _why_not(layer: LoraLayer, adapter_name: str) -> str | None:
             return reason
     if (wrapper or not is_linear_like(base)) and weight_matrix(base, _parameter_name(layer)) is None:
         weight = f"{_parameter_name(layer)} of {kind}"
-        return f"the gradient of {weight} cannot be taken (quantized, sharded, offloaded or computed)"
+        if is_distributed(getattr(base, _parameter_name(layer), None)):
+            return f"{weight} is sharded; to start it, initialise before fully_shard"
+        return f"the gradient of {weight} cannot be taken (quantized, offloaded or computed)"
     if wrapper and layer.get_param().dim() == 3 and layer.num_experts == 1 and not _swapped(layer):
         return "PEFT does not orient a single transposed expert"
     variant = layer.lora_variant.get(adapter_name)
