@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,3 +41,13 @@ def describe() -> dict[str, str | int]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "missing"
     return found
+
+
+def save(result: dict[str, Any], path: Path | None) -> None:
+    """Write a result as JSON, or print it where no file is given."""
+    text = json.dumps(result, indent=1)
+    if path is None:
+        print(text)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")

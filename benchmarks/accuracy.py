@@ -25,6 +25,7 @@ import _bytes
 import _machine
 
 from loraga.estimators import Dense, LayerSpec, Streaming, finish, streaming
+from loraga.factors import Factors
 from loraga.quiet import quiet
 from loraga.taps import Taps
 
@@ -88,6 +89,27 @@ def record(model: nn.Module, batch: Callable[[int], dict], blocks: tuple[int, ..
     return pairs
 
 
+def models() -> dict[str, tuple[nn.Module, Callable[[int], dict], tuple[int, ...]]]:
+    """Model, micro-batch by number, and the blocks that are looked at, by name."""
+    return {
+        "minilm classification": (*minilm("classification"), (0, 2, 5)),
+        "minilm masked tokens": (*minilm("masked tokens"), (0, 2, 5)),
+        "llama bytes": (*llama(), (0, 1, 2)),
+    }
+
+
+def shortfall(g: Tensor, s: Tensor, factors: Factors) -> tuple[float, float]:
+    """What 2r triplets fall short of the best: excess of the LoRA-GA objective, share of the energy lost.
+
+    g is the exact gradient in float64, s all its singular values.
+    """
+    rank = len(factors.S) // 2
+    a, b = factors.Vh[:rank].double(), factors.U[:, rank:].double()
+    residual = (g - b @ (b.T @ g) - (g @ a.T) @ a).norm()
+    held = (factors.U.double().T @ g @ factors.Vh.double().T).square().sum()
+    return float(residual / s[2 * rank :].norm() - 1), 1 - float(held / s[: 2 * rank].square().sum())
+
+
 def variants() -> Iterator[tuple[str, Callable[[LayerSpec, int], Streaming | Dense], Callable[[], None]]]:
     """Name, estimator and what to set before: width of the sketch and power steps, the default first."""
     width, steps = streaming.sketch_width, streaming.power_steps
@@ -132,13 +154,8 @@ def main() -> None:
     if args.table:
         print(table(json.loads(args.table.read_text())))
         return
-    models = {
-        "minilm classification": (*minilm("classification"), (0, 2, 5)),
-        "minilm masked tokens": (*minilm("masked tokens"), (0, 2, 5)),
-        "llama bytes": (*llama(), (0, 1, 2)),
-    }
     rows = []
-    for model_name, (model, batch, blocks) in models.items():
+    for model_name, (model, batch, blocks) in models().items():
         pairs = record(model, batch, blocks)
         for count in BATCHES:
             exact = {
@@ -159,11 +176,9 @@ def main() -> None:
                         for x, dy in stream[:count]:
                             estimator.update(x, dy)
                         result = finish({name: estimator}, {name: 1.0})[name]
-                        a, b = result.factors.Vh[:rank].double(), result.factors.U[:, rank:].double()
-                        residual = (g - b @ (b.T @ g) - (g @ a.T) @ a).norm()
-                        excess.append(float(residual / s[2 * rank :].norm() - 1))
-                        kept = (result.factors.U.double().T @ g @ result.factors.Vh.double().T).square().sum()
-                        lost.append(1 - float(kept / s[: 2 * rank].square().sum()))
+                        more, less = shortfall(g, s, result.factors)
+                        excess.append(more)
+                        lost.append(less)
                         energy.append(abs(result.energy / float(s.square().sum()) - 1))
                     rows.append(
                         {
@@ -181,12 +196,7 @@ def main() -> None:
                     )
                     print(json.dumps(rows[-1]), file=sys.stderr)
     next(variants())[2]()
-    text = json.dumps({**_machine.describe(), "unit": "percent", "rows": rows}, indent=1)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
-    else:
-        print(text)
+    _machine.save({**_machine.describe(), "unit": "percent", "rows": rows}, args.output)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import _machine
 import torch
-from accuracy import RANKS, Pairs, llama, minilm, record
+from accuracy import RANKS, Pairs, models, record, shortfall
 
 from loraga.estimators import Estimate, LayerSpec, Streaming, finish
 
@@ -57,13 +57,8 @@ def main() -> None:
     if args.table:
         print(table(json.loads(args.table.read_text())))
         return
-    models = {
-        "minilm classification": (*minilm("classification"), (0, 2, 5)),
-        "minilm masked tokens": (*minilm("masked tokens"), (0, 2, 5)),
-        "llama bytes": (*llama(), (0, 1, 2)),
-    }
     rows = []
-    for model_name, (model, batch, blocks) in models.items():
+    for model_name, (model, batch, blocks) in models().items():
         pairs = record(model, batch, blocks)
         exact = {
             name: torch.stack([dy.double().T @ x.double() for x, dy in stream]).sum(dim=0)
@@ -76,11 +71,9 @@ def main() -> None:
                 for name, stream in pairs.items():
                     g, s = exact[name], values[name]
                     factors = merged(LayerSpec(name, *g.shape, 2 * r, 7, g.device), stream, world).factors
-                    a, b = factors.Vh[:r].double(), factors.U[:, r:].double()
-                    residual = (g - b @ (b.T @ g) - (g @ a.T) @ a).norm()
-                    excess.append(float(residual / s[2 * r :].norm() - 1))
-                    kept = (factors.U.double().T @ g @ factors.Vh.double().T).square().sum()
-                    lost.append(1 - float(kept / s[: 2 * r].square().sum()))
+                    more, less = shortfall(g, s, factors)
+                    excess.append(more)
+                    lost.append(less)
                 rows.append(
                     {
                         "model": model_name,
@@ -93,12 +86,7 @@ def main() -> None:
                     }
                 )
                 print(json.dumps(rows[-1]), file=sys.stderr)
-    text = json.dumps({**_machine.describe(), "unit": "percent", "rows": rows}, indent=1)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
-    else:
-        print(text)
+    _machine.save({**_machine.describe(), "unit": "percent", "rows": rows}, args.output)
 
 
 if __name__ == "__main__":

@@ -155,12 +155,7 @@ def main() -> None:
     if reason is not None:
         parser.error(reason)
     rows = measure(device, args.sizes, args.batches, args.repeats)
-    text = json.dumps({**_machine.describe(), "native": _native.build_info(), "rows": rows}, indent=1)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
-    else:
-        print(text)
+    _machine.save({**_machine.describe(), "native": _native.build_info(), "rows": rows}, args.output)
 
 
 if __name__ == "__main__":

@@ -324,9 +324,7 @@ def main() -> None:
             print(json.dumps(result["rows"][-1]), flush=True)
     widths = [(4096, 4096), (1024, 4096)] if args.sizes == "full" else [(256, 256)]
     result["updates"] = [update_share(device, tokens, width) for tokens, width in widths]
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    _machine.save(result, args.output)
 
 
 if __name__ == "__main__":

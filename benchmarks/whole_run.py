@@ -365,13 +365,9 @@ def main() -> None:
         least, step = by_case.get("floor" + suffix), by_case.get("lora-step" + suffix)
         row["over_floor"] = row["seconds"] / least["seconds"] if least else None
         row["memory_over_lora_step"] = row["peak_bytes"] / step["peak_bytes"] if step else None
-    text = json.dumps(result, indent=1)
+    _machine.save(result, args.output)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
         print(table(result))
-    else:
-        print(text)
 
 
 if __name__ == "__main__":
