@@ -247,7 +247,7 @@ def test_out_of_memory_within_backward(error, where, call, monkeypatch):
     model = WithConvolution()
     before = everything_about(model)
     targets = ["layers.0", "layers.1", "mix"]
-    with pytest.raises(error, match="Tried to allocate 2[.]00 GiB"):
+    with pytest.raises(error, match="Tried to allocate"):
         if call == "fast_init":
             from peft import LoraConfig
 
