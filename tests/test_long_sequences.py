@@ -1,4 +1,4 @@
-"""Long sequences and large vocabularies: the peak is that of the training step and the sketches, and logits never exist whole."""
+"""Long sequences and large vocabularies: the peak is a training step's plus the sketches, logits never exist whole."""
 
 from __future__ import annotations
 
