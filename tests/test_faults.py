@@ -247,7 +247,7 @@ def test_out_of_memory_within_backward(error, where, call, monkeypatch):
     model = WithConvolution()
     before = everything_about(model)
     targets = ["layers.0", "layers.1", "mix"]
-    with pytest.raises(error, match=r"Tried to allocate 2[.]00 GiB"):
+    with pytest.raises(error, match="Tried to allocate"):
         if call == "fast_init":
             from peft import LoraConfig
 
@@ -270,9 +270,19 @@ class Dying(Dataset):
         return {key: value[0] for key, value in mlp_batches(1, rows=1, seed=index)[0].items()}
 
 
-def test_a_dying_worker_of_the_loader():
-    model = MLP()
-    before = everything_about(model)
-    with pytest.raises(RuntimeError, match=r"worker.*exited unexpectedly"):
-        init(model, DataLoader(Dying(), batch_size=1, num_workers=1))
-    assert_same(everything_about(model), before)
+def test_a_dying_worker_of_the_loader(tmp_path):
+    """In a child, since torch goes on looking after the dead worker for as long as its process lives."""
+
+    def look() -> None:
+        model = MLP()
+        before = everything_about(model)
+        try:
+            init(model, DataLoader(Dying(), batch_size=1, num_workers=1))
+        except RuntimeError as error:
+            (tmp_path / "error").write_text(str(error))
+        assert_same(everything_about(model), before)
+        (tmp_path / "same").touch()
+        os._exit(0)
+
+    assert in_child(look) == 0
+    assert "exited unexpectedly" in (tmp_path / "error").read_text() and (tmp_path / "same").exists()
