@@ -19,7 +19,8 @@ from loraga.integrations import peft as adapters
 from loraga.linalg import seed_of
 from loraga.quiet import rng_untouched
 from loraga.report import INITIALISED
-from loraga.sharding import check_injectable, check_layers, check_sharding
+from loraga.sharding import check_injectable, check_layers, check_sharding, resharded
+from loraga.sink import WholeWeight
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -94,12 +95,14 @@ def fast_init(
             restore = adapters.snapshot(model) if plain else None
             peft_model = _inject(model, lora_config, adapter_name, seed) if plain else model
             adapters.check_adapter(peft_model, adapter_name)
-            slots, unsupported = adapters.find_slots(peft_model, adapter_name)
+            with resharded(model):  # a layer whose weight a forward left gathered is a sharded one all the same
+                slots, unsupported = adapters.find_slots(peft_model, adapter_name)
             if not slots:
                 raise ValueError(
-                    f"Adapter {adapter_name!r} has no linear layer to initialise; its layers are: "
+                    f"Adapter {adapter_name!r} has no layer to initialise; its layers are: "
                     + "; ".join(f"{name} ({reason})" for name, reason in unsupported.items())
                 )
+            parts = [part for slot in slots for part in slot.parts()]
             for slot in slots:
                 recipes.check_rank(slot.name, slot.shape, slot.rank, init)
             check_layers(model, {slot.name: slot.base_layer for slot in slots})
@@ -107,8 +110,8 @@ def fast_init(
             with adapters.adapters_disabled(peft_model):
                 estimation = estimate(
                     model,
-                    {slot.name: slot.base_layer for slot in slots},
-                    {slot.name: init.triplets(slot.rank) for slot in slots},
+                    {slot.name: slot.base_layer for slot in slots if slot.whole is None},
+                    {part.name: init.triplets(part.rank) for part in parts},
                     loader,
                     init,
                     ranks,
@@ -116,12 +119,13 @@ def fast_init(
                     max_batches=max_batches,
                     seed=seed,
                     show_progress_bar=show_progress_bar,
+                    whole={slot.name: slot.whole for slot in slots if slot.whole is not None},
                 )
-            report = summary.report_of(slots, unsupported, estimation, init, seed)
+            report = summary.report_of(parts, unsupported, estimation, init, seed)
             began = time.perf_counter()
             starts = {
-                layer.name: adapters.start_of(slot, estimation.estimates[layer.name].factors, init, seed)
-                for slot, layer in zip(slots, report.layers, strict=False)
+                layer.name: adapters.start_of(part, estimation.estimates[layer.name].factors, init, seed)
+                for part, layer in zip(parts, report.layers, strict=False)
                 if layer.status == INITIALISED
             }
             if not starts:
@@ -193,7 +197,7 @@ def estimate_factors(
                 max_batches=max_batches,
                 seed=seed,
                 show_progress_bar=show_progress_bar,
-                whole={name: module for name, module in targets.items() if name not in linear},
+                whole={name: WholeWeight(module) for name, module in targets.items() if name not in linear},
             )
     unseen = {name: reason for name in targets if (reason := summary.why_unseen(name, estimation))}
     if unseen and ranks.first:

@@ -23,7 +23,7 @@ from loraga.estimators import Dense, Estimate, Estimator, LayerSpec, StagingRing
 from loraga.linalg import seed_of
 from loraga.quiet import is_bitsandbytes, kept, quiet
 from loraga.sharding import is_sharded, resharded
-from loraga.sink import GradientSink, own_weights
+from loraga.sink import GradientSink, WholeWeight, own_weights
 from loraga.taps import Taps
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -66,13 +66,13 @@ def estimate(
     max_batches: int | None,
     seed: int,
     show_progress_bar: bool,
-    whole: Mapping[str, nn.Module] | None = None,
+    whole: Mapping[str, WholeWeight] | None = None,
 ) -> Estimation:
     """Factors of the mean gradient of every target, `wanted[name]` triplets each. `model` is left as it was.
 
-    `targets` are linear layers, whose gradient is a product that a tap sees. The gradient of the `weight` of the layers
-    in `whole` (`loraga.sink.weight_matrix`) is formed by autograd and summed in a dense buffer, also with
-    `config.estimator="streaming"` (float32 then): m is its first size, n all others together.
+    `targets` are linear layers, whose gradient is a product that a tap sees. Gradients of the weights in `whole` are
+    formed by autograd and summed in dense buffers, also with `config.estimator="streaming"` (float32 then). A stack of
+    experts has estimates by the names of its `WholeWeight.parts`.
 
     Every one of `ranks` brings its own batches; the mean is over all of them, and the factors are the same bits on all.
 
@@ -99,14 +99,15 @@ def estimate(
         GradientSink(weights, collector.take),
         Taps(targets, collector.sink, whole) as taps,
     ):
-        collector.prepare(targets, weights)
+        collector.prepare(targets, whole)
         bar = tqdm(total=total, desc="loraga: gradients", unit="batch", disable=not show)
         with bar:
             for index, batch in enumerate(ranks.batches(itertools.islice(loader, max_batches), together)):
                 loss_of = partial(_loss, model, _move(batch, device), loss_fn, index)
                 collector.absorb(loss_of, taps, ranks.any if together else bool)
                 bar.update()
-    counts = _counted(collector, taps.called, ranks)
+    called = taps.called.union(*(weight.parts(name) for name, weight in whole.items() if name in taps.called))
+    counts = _counted(collector, called, ranks)
     if counts.batches == 0:
         raise ValueError("The loader gave no batch; loraga needs at least one to see a gradient.")
     return _conclude(collector, counts, ranks, started, show)
@@ -283,6 +284,7 @@ class _Collector:
         self._weight = 1.0
         self._finite: list[dict[torch.device, Tensor]] = []
         self._rings: dict[torch.device, StagingRing] = {}
+        self._whole: Mapping[str, WholeWeight] = {}
         self.staging_bytes = 0
 
     def __enter__(self) -> None:
@@ -308,13 +310,15 @@ class _Collector:
 
     def take(self, name: str, gradient: Tensor) -> None:
         """A whole gradient, as `GradientSink` hands it over."""
-        key = self._next_call(name)
-        if key is not None:
-            estimator = self.estimators[name]
-            assert isinstance(estimator, Dense)  # `prepare` made it
-            self._flags[key] = estimator.add(gradient, self._weight)
+        whole = self._whole[name]
+        for part, matrix in zip(whole.parts(name), whole.matrices(gradient), strict=True):
+            key = self._next_call(part)
+            if key is not None:
+                estimator = self.estimators[part]
+                assert isinstance(estimator, Dense)  # `prepare` made it
+                self._flags[key] = estimator.add(matrix, self._weight)
 
-    def prepare(self, targets: Mapping[str, nn.Module], whole: Mapping[str, nn.Parameter]) -> None:
+    def prepare(self, targets: Mapping[str, nn.Module], whole: Mapping[str, WholeWeight]) -> None:
         """Make the estimators of layers whose shape and device are known before the first batch.
 
         State that is allocated amid the activations of a backward pass keeps their freed memory from being reused in
@@ -329,9 +333,10 @@ class _Collector:
                 self.make(name, weight.shape[0], weight.shape[1])
             elif isinstance(module, nn.Linear) and is_bitsandbytes(module):  # its weight may be packed
                 self.make(name, module.out_features, module.in_features)
-        for name, parameter in whole.items():
-            m, n = parameter.flatten(1).shape
-            self.estimators[name] = self._estimator(name, m, n, parameter.device, whole=True)
+        self._whole = whole
+        for name, stored in whole.items():
+            for part in stored.parts(name):
+                self.estimators[part] = self._estimator(part, *stored.shape, stored.value.device, whole=True)
 
     def make(self, name: str, m: int, n: int) -> None:
         """The estimator of a layer none of whose gradients was seen yet, beside its weight."""

@@ -8,8 +8,7 @@ import math
 import os
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -17,6 +16,7 @@ from typing import Any
 
 from loraga._plot import draw, kind, shorten
 from loraga._version import __version__
+from loraga.whole_files import written_whole
 
 INITIALISED = "initialised"
 ORDINARY = "ordinary"
@@ -265,19 +265,6 @@ class InitReport:
             with written_whole(path) as temporary:
                 figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=150)
         return figure
-
-
-@contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it at the end, or removed on failure."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _size(shape: tuple[int, int], rank: int) -> tuple[str, str]:

@@ -6,8 +6,10 @@ is not covered by the taps. Its gradient is formed, handed over and freed before
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,32 +20,73 @@ Receive = Callable[[str, Tensor], None]
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def weight_matrix(module: nn.Module) -> nn.Parameter | None:
+def weight_matrix(module: nn.Module, parameter: str = "weight") -> nn.Parameter | None:
     """The weight of a layer that can be seen as a matrix (m, n) = (its first size, all others), or None.
 
     It must be an ordinary floating parameter with storage: not quantized, not sharded, not computed from others.
     """
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(parameter)
     if type(weight) is not nn.Parameter or weight.is_meta or weight.dim() < 2 or isinstance(module, _TRANSPOSED):
         return None
     return weight if weight.is_floating_point() and weight.element_size() >= 2 else None
 
 
+@dataclass(frozen=True)
+class WholeWeight:
+    """A parameter whose gradient autograd forms, and how it is read as matrices (m, n).
+
+    Attributes:
+        module (`nn.Module`): holds it.
+        parameter (`str`): its name there.
+        stacked (`bool`): the first size counts experts, each with a matrix of its own; otherwise it is one matrix, its
+            first size by all others.
+        transposed (`bool`): it is stored as (n, m).
+    """
+
+    module: nn.Module
+    parameter: str = "weight"
+    stacked: bool = False
+    transposed: bool = False
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The parameter as it is now."""
+        return self.module.get_parameter(self.parameter)
+
+    def parts(self, name: str) -> list[str]:
+        """What the matrices are called in a layer called `name`."""
+        count = self.value.shape[0] if self.stacked else 1
+        return [name] if count == 1 else [f"{name}[{index}]" for index in range(count)]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of each matrix."""
+        first, *others = self.value.shape[1:] if self.stacked else self.value.shape
+        return (math.prod(others), first) if self.transposed else (first, math.prod(others))
+
+    def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Views (m, n) or (m, ...) of a tensor of the parameter's shape; a sparse one is made dense."""
+        tensor = tensor.to_dense() if tensor.is_sparse else tensor
+        stack = tensor.unbind(0) if self.stacked else (tensor,)
+        return tuple(matrix.mT for matrix in stack) if self.transposed else stack
+
+
 @contextmanager
-def own_weights(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Parameter]]:
+def own_weights(weights: Mapping[str, WholeWeight]) -> Iterator[dict[str, nn.Parameter]]:
     """Give each module a parameter of its own on the storage of its weight; the old ones are back on leaving.
 
     A weight that other layers use too (an embedding tied to the output layer) would collect their gradients as well.
     """
     with ExitStack() as undo:
         own: dict[str, nn.Parameter] = {}
-        for name, module in modules.items():
-            weight = weight_matrix(module)
+        for name, whole in weights.items():
+            module = whole.module
+            weight = weight_matrix(module, whole.parameter)
             if weight is None:
                 raise ValueError(f"Layer {name!r} ({type(module).__name__}) has no weight whose gradient can be taken.")
             own[name] = nn.Parameter(weight.detach(), requires_grad=False)
-            undo.callback(module._parameters.__setitem__, "weight", weight)
-            module._parameters["weight"] = own[name]
+            undo.callback(module._parameters.__setitem__, whole.parameter, weight)
+            module._parameters[whole.parameter] = own[name]
         yield own
 
 

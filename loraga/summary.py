@@ -12,7 +12,7 @@ from loraga.report import INITIALISED, ORDINARY, InitReport, LayerReport, effect
 
 
 class Target(Protocol):
-    """What a report says of a layer: its name, (m, n) and r."""
+    """What a report says of a layer: its name, (m, n) and r, and what a zero gradient means."""
 
     @property
     def name(self) -> str: ...
@@ -20,6 +20,8 @@ class Target(Protocol):
     def shape(self) -> tuple[int, int]: ...
     @property
     def rank(self) -> int: ...
+    @property
+    def if_zero(self) -> str: ...
 
 
 def report_of(
@@ -57,7 +59,7 @@ def _layer_report(target: Target, estimation: Estimation) -> LayerReport:
     spectrum = found.factors.S.tolist()
     updates, skipped = estimation.updates[target.name], estimation.skipped[target.name]
     if not reason and not spectrum[0] > 0:
-        reason = "gradient is zero"
+        reason = target.if_zero
     captured = sum((s / spectrum[0]) ** 2 for s in spectrum) / (found.energy / spectrum[0] ** 2) if not reason else None
     return LayerReport(
         name=target.name,

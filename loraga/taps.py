@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loraga.precision import without_autocast
+from loraga.sink import WholeWeight
 
 Sink = Callable[[str, Tensor, Tensor], None]
 
@@ -62,8 +63,8 @@ class Taps:
     Args:
         targets (mapping of `str` to `nn.Module`): the layers; each takes x (..., n) and returns y (..., m).
         sink (callable): called as sink(name, x, dy) with x (T, n), dy (T, m) once per call of a layer, during backward.
-        watched (mapping of `str` to `nn.Module`, *optional*): further layers, which get no tap: `backward` reaches the
-            `weight` of each, so that a `GradientSink` sees its gradient.
+        watched (mapping of `str` to `WholeWeight`, *optional*): further layers, which get no tap: `backward` reaches
+            the parameter of each, so that a `GradientSink` sees its gradient.
         on_backward (callable, *optional*): called before the first `sink` of every backward call.
 
     Attributes:
@@ -75,7 +76,7 @@ class Taps:
         self,
         targets: Mapping[str, nn.Module],
         sink: Sink,
-        watched: Mapping[str, nn.Module] | None = None,
+        watched: Mapping[str, WholeWeight] | None = None,
         on_backward: Callable[[], None] | None = None,
     ) -> None:
         self._targets = targets
@@ -93,8 +94,8 @@ class Taps:
         try:
             for name, module in self._targets.items():
                 self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
-            for name, module in self._watched.items():
-                self._handles.append(module.register_forward_hook(self._note(name)))
+            for name, whole in self._watched.items():
+                self._handles.append(whole.module.register_forward_hook(self._note(name, whole)))
         except BaseException:
             self._remove()
             raise
@@ -109,7 +110,7 @@ class Taps:
 
     def backward(self, loss: Tensor) -> None:
         """Backward of `loss` as far as taps need it: no `.grad` of the model or of the caller's tensors is touched."""
-        inputs = [*self._roots.values(), *(module.get_parameter("weight") for module in self._watched.values())]
+        inputs = [*self._roots.values(), *(whole.value for whole in self._watched.values())]
         if self._reentrant or not inputs:  # reentrant checkpointing refuses named inputs
             loss.backward()
         else:
@@ -139,13 +140,13 @@ class Taps:
 
         return hook
 
-    def _note(self, name: str) -> Callable[..., None]:
+    def _note(self, name: str, whole: WholeWeight) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, y: Any) -> None:
             if not torch.is_grad_enabled():
                 self._reentrant = True
                 return
             self.called.add(name)
-            self.saw_float16 |= torch.float16 in (getattr(y, "dtype", None), module.get_parameter("weight").dtype)
+            self.saw_float16 |= torch.float16 in (getattr(y, "dtype", None), whole.value.dtype)
 
         return hook
 

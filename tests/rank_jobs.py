@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import test_layers as kinds
 import torch
 import torch.distributed as dist
 import zoo
@@ -177,6 +178,55 @@ def not_linear(rank, world, estimator):
         "norm": [float(factors[n].S[0] / torch.linalg.svdvals(gradients[n])[0]) for n in names],
         "digest": digest({f"{n}.{k}": t for n, f in factors.items() for k, t in vars(f).items()}),
     }
+
+
+def every_kind(rank, world, offset):
+    """Adapters of convolutions, an embedding and experts, from 4 batches dealt out to the ranks."""
+    model = _start_of_every_kind(kinds.build(), kinds.batches(4)[rank::world], kinds.config(), offset=offset)
+    report = model.loraga_report
+    return {
+        "model": digest(model.state_dict()),
+        "ordinary": {layer.name: layer.reason for layer in report.ordinary},
+        "spectra": {layer.name: layer.spectrum for layer in report.initialised},
+        "updates": {layer.updates for layer in report.layers},
+    }
+
+
+def every_kind_sharded(rank, world):
+    """The same where fully_shard comes after, and before."""
+    loader = kinds.batches(4)[rank::world]
+    gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model = _start_of_every_kind(kinds.build(), loader, kinds.config())
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    fully_shard(model)
+    state = get_model_state_dict(model, options=gathered)
+    parts = {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    model.load_state_dict(parts, strict=False)
+    again = get_model_state_dict(model, options=gathered)
+    kept = [rank > 0 or all(torch.equal(saved[n], found[n]) for n in saved) for found in (state, again)]
+
+    model = get_peft_model(kinds.build(), kinds.config())
+    fully_shard(model)
+    with torch.no_grad():
+        model(kinds.batches()[0])  # leaves the weights gathered
+    report = _start_of_every_kind(model, loader).loraga_report
+    return {
+        "kept": kept,
+        "initialised": [layer.name for layer in report.initialised],
+        "ordinary": {layer.name: layer.reason for layer in report.ordinary},
+    }
+
+
+def _start_of_every_kind(model, loader, lora=None, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return loraga.fast_init(
+            model, loader, lora, init=InitConfig(**options), loss_fn=kinds.loss_of, show_progress_bar=False
+        )
 
 
 def peft_flow(rank, world, folder):

@@ -45,6 +45,8 @@ def found(tmp_path_factory):
         "half": (jobs.half, 2),
         "not linear streaming": (jobs.not_linear, 2, "streaming"),
         "not linear dense": (jobs.not_linear, 2, "dense"),
+        **{f"every kind {o} {n}": (jobs.every_kind, n, o) for o in ("anchor", "subtract") for n in (1, 2)},
+        "every kind sharded": (jobs.every_kind_sharded, 2),
         **({"peft flow": (jobs.peft_flow, 2, str(folder))} if PEFT_HAS_LORA_GA else {}),
         "failures": (jobs.failures, 4),
         "alone": (jobs.alone, 2),
@@ -139,6 +141,28 @@ def test_layers_that_are_not_linear(found, estimator):
     assert first["digest"] == second["digest"]
     assert min(first["captured"]) > 0.999
     assert first["norm"] == pytest.approx([1.0] * 3, rel=0.01)
+
+
+@pytest.mark.parametrize("offset", ["anchor", "subtract"])
+def test_adapters_of_every_kind(found, offset):
+    """Convolutions, an embedding and experts, one of which no rank uses: as one process with all batches."""
+    (alone,), (first, second) = found[f"every kind {offset} 1"], found[f"every kind {offset} 2"]
+    assert first == second
+    assert first["ordinary"] == alone["ordinary"]
+    assert list(first["ordinary"]) == ["straight.weight[2]", "crossed.weight[2]"]
+    assert first["updates"] == alone["updates"] == {4}
+    assert first["spectra"].keys() == alone["spectra"].keys()
+    for name, spectrum in first["spectra"].items():
+        assert spectrum == pytest.approx(alone["spectra"][name], rel=1e-3, abs=1e-5 * spectrum[0]), name
+
+
+def test_adapters_of_every_kind_in_sharded_models(found):
+    """Sharded after, their state dicts are what they were; sharded before, all but linear layers stay ordinary."""
+    for result in found["every kind sharded"]:
+        assert result["kept"] == [True, True]
+        assert result["initialised"] == ["head"]
+        assert result["ordinary"].keys() == {"table", "conv1", "conv2", "conv3", "point", "straight", "crossed"}
+        assert all("is sharded; to start it, initialise before" in said for said in result["ordinary"].values())
 
 
 @pytest.mark.skipif(not PEFT_HAS_LORA_GA, reason="this PEFT has no LoRA-GA (it came with 0.19)")

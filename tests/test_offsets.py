@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loraga import offsets
-from loraga.offsets import AdapterSlot, AnchoredLinear, ShiftedLinear
+from loraga.offsets import AdapterSlot, Anchored, Shifted
 
 M, N, R, S = 13, 21, 3, 0.7
 
@@ -108,7 +108,7 @@ def test_only_the_trained_half_gets_a_gradient():
     torch.testing.assert_close(slot.lora_B.trained.grad, dy.T @ x @ A0.T)
 
 
-@pytest.mark.parametrize("kind", [AnchoredLinear, ShiftedLinear])
+@pytest.mark.parametrize("kind", [Anchored, Shifted])
 def test_state_dict_speaks_the_plain_weight(kind):
     slot, other = slot_of(bias=True), slot_of(bias=True)
     for each in (slot, other):
@@ -128,7 +128,7 @@ def test_state_dict_speaks_the_plain_weight(kind):
     assert torch.equal(effective(other), effective(slot))
 
 
-@pytest.mark.parametrize("kind", [AnchoredLinear, ShiftedLinear])
+@pytest.mark.parametrize("kind", [Anchored, Shifted])
 def test_loading_something_else_is_refused(kind):
     slot = slot_of()
     offsets.write_none(slot, *start())
@@ -156,7 +156,7 @@ def test_a_shifted_layer_takes_only_its_own_start():
 
 
 def test_without_a_start_the_frozen_half_is_zero():
-    for kind in (AnchoredLinear, ShiftedLinear):
+    for kind in (Anchored, Shifted):
         slot = slot_of()
         before, A = effective(slot), slot.lora_A.weight.detach().clone()
         offsets.freeze_nothing(slot, kind)

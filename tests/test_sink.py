@@ -18,7 +18,7 @@ from loraga.distributed import Ranks
 from loraga.estimation import estimate
 from loraga.estimators import Dense, LayerSpec, StagingRing
 from loraga.quiet import quiet
-from loraga.sink import GradientSink, own_weights, weight_matrix
+from loraga.sink import GradientSink, WholeWeight, own_weights, weight_matrix
 from loraga.taps import Taps
 
 CLASSES, RANK = 23, 4
@@ -237,10 +237,9 @@ def test_a_convolution_under_an_adapter_of_its_own():
 def test_fast_init_still_says_which_layers_it_does_not_write():
     from peft import LoraConfig
 
-    with pytest.warns(UserWarning, match=r"ordinary LoRA start: conv1 \(Conv1d is not a linear layer\)"):
-        model = loraga.fast_init(
-            Zoo(), batches(), LoraConfig(r=2, target_modules=["conv1", "up"]), loss_fn=loss_of, show_progress_bar=False
-        )
+    with pytest.warns(UserWarning, match=r"ordinary LoRA start: conv2 \(Conv2d with groups=3: PEFT's adapter mixes"):
+        lora = LoraConfig(r=3, target_modules=["conv2", "up"])
+        model = loraga.fast_init(Zoo(), batches(), lora, loss_fn=loss_of, show_progress_bar=False)
     assert [layer.name for layer in model.loraga_report.initialised] == ["up"]
 
 
@@ -249,7 +248,6 @@ def test_fast_init_still_says_which_layers_it_does_not_write():
 def test_what_is_held_for_a_layer_that_is_not_linear(estimator, dtype):
     model = Zoo()
     config = InitConfig(estimator=estimator, buffer_dtype=dtype)
-    conv = {"conv1": model.conv1}
     seen = estimate(
         model,
         {},
@@ -261,7 +259,7 @@ def test_what_is_held_for_a_layer_that_is_not_linear(estimator, dtype):
         max_batches=None,
         seed=0,
         show_progress_bar=False,
-        whole=conv,
+        whole={"conv1": WholeWeight(model.conv1)},
     )
     per_number = 2 if (estimator, dtype) == ("dense", "auto") else 4
     assert seen.state_bytes == model.conv1.weight.numel() * per_number
@@ -278,7 +276,7 @@ def test_which_weights_are_matrices():
         nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 2)),
     ):
         assert weight_matrix(module) is None
-    with pytest.raises(ValueError, match=r"'norm' \(LayerNorm\)"), own_weights({"norm": nn.LayerNorm(4)}):
+    with pytest.raises(ValueError, match=r"'norm' \(LayerNorm\)"), own_weights({"norm": WholeWeight(nn.LayerNorm(4))}):
         pass
 
 
@@ -314,7 +312,7 @@ def test_at_most_one_whole_gradient_and_the_ring_are_alive(where):
     model = nn.Sequential(*(nn.Conv2d(width, width, 3, padding=1) for _ in range(layers)))
     one = model[0].weight.numel() * 4
     ring = StagingRing(torch.device("cpu"), one // 3, Queues()) if where == "host" else None
-    whole = {str(i): layer for i, layer in enumerate(model)}
+    whole = {str(i): WholeWeight(layer) for i, layer in enumerate(model)}
     specs = {name: LayerSpec(name, width, width * 9, RANK, 0, torch.device("cpu")) for name in whole}
     sums = {name: Dense(spec, torch.float32, ring) for name, spec in specs.items()}
     x = torch.randn(1, width, 3, 3)

@@ -68,8 +68,6 @@ class Dense:
 
         Behind this call the caller's stream may use the gradient's memory anew.
         """
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
         if gradient.dtype == torch.float64:
             gradient = gradient.float()
         if self._ring is None:

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import LoraConfig
+from peft.utils import CONFIG_NAME
+
+from loraga.whole_files import files_whole
 
 SIDE_FILE = "loraga.json"
 
@@ -32,12 +35,11 @@ class TwoHalvesConfig(LoraConfig):
     ranks: dict[str, int]
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json` and `loraga.json`."""
-        super().save_pretrained(save_directory, **kwargs)
-        if hasattr(self, "ranks"):
-            write_side_file(
-                save_directory, {"offset": self.offset, "frozen_half": "second", "trainable_rank": self.ranks}
-            )
+        """Write `adapter_config.json` and `loraga.json`, each whole or not at all and never the first alone."""
+        with files_whole(save_directory, last=CONFIG_NAME) as folder:
+            super().save_pretrained(os.fspath(folder), **kwargs)
+            if hasattr(self, "ranks"):
+                write_side_file(folder, {"offset": self.offset, "frozen_half": "second", "trainable_rank": self.ranks})
 
 
 def write_side_file(directory: str | os.PathLike, content: Mapping[str, Any]) -> None:
@@ -62,8 +64,17 @@ def read_side_file(directory: str | os.PathLike) -> dict[str, Any]:
             f"{path} does not exist: this adapter has no frozen half, or was not saved by a model that had one "
             "attached. A plain LoRA needs no attach_anchor."
         ) from None
-    if not isinstance(content, dict) or "trainable_rank" not in content:
-        raise ValueError(f"{path} does not say which half of the adapter is frozen; save the adapter again.")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}). Take it from another copy of the adapter, or "
+            "save the adapter again."
+        ) from error
+    ranks = content.get("trainable_rank") if isinstance(content, dict) else None
+    if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
+        raise ValueError(
+            f"{path} does not say which half of the adapter is frozen; was it written by loraga's export_adapter, or "
+            "by something else? Save the adapter again from the model that was trained."
+        )
     return content
 
 

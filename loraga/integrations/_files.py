@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -22,9 +26,10 @@ from loraga.integrations._config import (
 )
 from loraga.integrations._slots import check_adapter, check_is_lora, find_slots, ranks_and_alphas
 from loraga.integrations._targets import INNER_PREFIX
-from loraga.offsets import TwoHalves
+from loraga.offsets import AdapterSlot, halved, trained, whole
 from loraga.sharding import is_sharded
 from loraga.snapshot import structure
+from loraga.whole_files import files_whole
 
 
 def attach_anchor(peft_model: PeftModel, path: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -46,8 +51,8 @@ def attach_anchor(peft_model: PeftModel, path: str | os.PathLike, adapter_name: 
         adapter_name (`str`): its name in `peft_model`.
 
     Raises:
-        ValueError: there is no such adapter, no `loraga.json`, it does not describe this adapter, or the model is
-            sharded.
+        ValueError: there is no such adapter, `loraga.json` is missing, damaged or does not describe this adapter, the
+            weights file beside it is damaged or of another adapter, or the model is sharded.
     """
     _check_not_sharded(peft_model, "attach the frozen half before fully_shard")
     check_adapter(peft_model, adapter_name)
@@ -58,15 +63,16 @@ def attach_anchor(peft_model: PeftModel, path: str | os.PathLike, adapter_name: 
         slot = slots.get(name)
         if slot is None:
             raise ValueError(f"{os.fspath(path)!r} describes layer {name!r}, which adapter {adapter_name!r} lacks.")
-        if isinstance(slot.lora_A, TwoHalves):
+        if halved(slot):
             raise ValueError(f"Adapter {adapter_name!r} has its frozen half attached already (layer {name!r}).")
         if slot.rank != 2 * rank:
             raise ValueError(
                 f"Layer {name!r} of adapter {adapter_name!r} has rank {slot.rank}; {os.fspath(path)!r} describes one "
                 f"of rank {2 * rank}. Is this the directory the adapter was read from?"
             )
+    _check_weights_file(path, [slots[name] for name in ranks])
     config = peft_model.peft_config[adapter_name]
-    others = [name for name in (*slots, *unsupported) if name not in ranks]
+    others = [slot.path for slot in found if slot.name not in ranks] + list(unsupported)
     kept = ranks_and_alphas(peft_model, adapter_name, others)
     chosen = [slots[name] for name in ranks]
     restore = structure([module for slot in chosen for module in (slot.lora_A, slot.lora_B)])
@@ -87,7 +93,7 @@ def export_adapter(
 
     Every layer's update of the original base weights is replaced by its best approximation of that rank (Eckart and
     Young), found from the factors: no m x n matrix is formed. The model is not changed. Anything else the adapter
-    holds (`modules_to_save`, DoRA magnitudes, layers that are not linear) is written as it is.
+    holds (`modules_to_save`, DoRA magnitudes, layers loraga cannot start) is written as it is.
 
     Args:
         peft_model (`PeftModel`): holds the adapter.
@@ -112,19 +118,25 @@ def export_adapter(
     weights = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
     errors: dict[str, float] = {}
     for slot in slots:
-        A, B, errors[slot.name] = _best_approximation(_whole(slot.lora_A), _whole(slot.lora_B), rank or slot.rank)
+        held = slot.matrices(whole(slot.lora_A, slot.key), whole(slot.lora_B, slot.key))
+        best = [_best_approximation(A, B, rank or slot.rank) for A, B in held]
+        errors |= {part.name: error for part, (*_, error) in zip(slot.parts(), best, strict=True)}
+        A, B = slot.held([(A, B) for A, B, _ in best])
         if rank is not None:
             # one alpha for all layers: what a layer's scaling was beyond it moves into B
             B *= slot.scaling / (config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank))
-        key = f"{INNER_PREFIX}{slot.name}.lora_"
-        weights[f"{key}A.weight"] = A.to(slot.lora_A.weight.dtype)
-        weights[f"{key}B.weight"] = B.to(slot.lora_B.weight.dtype)
-    os.makedirs(output_dir, exist_ok=True)
-    peft_model.create_or_update_model_card(os.fspath(output_dir))
+        key_A, key_B = _saved_keys(slot)
+        dtype = trained(slot.lora_A, slot.key).dtype
+        weights[key_A], weights[key_B] = A.to(dtype), B.to(dtype)
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
-    save_file(tensors, os.path.join(output_dir, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-    config.save_pretrained(os.fspath(output_dir))
-    write_side_file(output_dir, {"offset": "export", "relative_error": errors})
+    with files_whole(output_dir, last=CONFIG_NAME) as folder:
+        card = Path(output_dir, "README.md")  # one that is there is updated
+        if card.is_file():
+            shutil.copy(card, folder)
+        peft_model.create_or_update_model_card(os.fspath(folder))
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(os.fspath(folder))
+        write_side_file(folder, {"offset": "export", "relative_error": errors})
     return errors
 
 
@@ -133,8 +145,34 @@ def _check_not_sharded(model: nn.Module, instead: str) -> None:
         raise ValueError(f"The parameters of this model are sharded; {instead}.")
 
 
-def _whole(linear: nn.Linear) -> torch.Tensor:
-    return linear.whole() if isinstance(linear, TwoHalves) else linear.weight
+def _check_weights_file(path: str | os.PathLike, slots: Iterable[AdapterSlot]) -> None:
+    """Raise `ValueError` if there is a weights file that is damaged or holds another adapter. Its head is read only."""
+    file = os.path.join(path, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(file):
+        return  # read from a hub's cache, or saved in torch's own format
+    try:
+        with safe_open(file, framework="pt") as saved:
+            shapes = {key: tuple(saved.get_slice(key).get_shape()) for key in saved.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}). Take it from another copy of the adapter, or save the adapter again."
+        ) from error
+    for slot in slots:
+        for key, holder in zip(_saved_keys(slot), (slot.lora_A, slot.lora_B), strict=True):
+            expected = tuple(whole(holder, slot.key).shape)
+            if shapes.get(key) != expected:
+                has = f"shape {shapes[key]}" if key in shapes else "not there"
+                raise ValueError(
+                    f"{key} is {has} in {file}, and {expected} in the model. Is this the directory the adapter was "
+                    "read from?"
+                )
+
+
+def _saved_keys(slot: AdapterSlot) -> tuple[str, str]:
+    """What PEFT calls A and B in the file."""
+    kind, end = ("embedding_", "") if isinstance(slot.lora_A, nn.ParameterDict) else ("", ".weight")
+    key = f"{INNER_PREFIX}{slot.path}.lora_{kind}"
+    return f"{key}A{end}", f"{key}B{end}"
 
 
 def _best_approximation(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,13 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from loraga.halves import ShiftedDict
 from loraga.integrations._offloaded import is_offloaded, loaded, lost_to_offload, without_storage
 from loraga.integrations._targets import INNER_PREFIX, is_linear_like
-from loraga.offsets import AdapterSlot, ShiftedLinear, TwoHalves
+from loraga.offsets import AdapterSlot, Shifted, can_halve, trained
 from loraga.quiet import is_packed_for_inference
+from loraga.sharding import is_distributed
+from loraga.sink import WholeWeight, weight_matrix
 
 
 def check_is_lora(peft_model: PeftModel, adapter_name: str) -> None:
@@ -75,7 +79,7 @@ def check_not_merged(model: nn.Module) -> None:
 def _check_base_is_original(model: nn.Module) -> None:
     check_not_merged(model)
     for name, module in model.named_modules():
-        if isinstance(module, ShiftedLinear):
+        if isinstance(module, (Shifted, ShiftedDict)):
             raise ValueError(
                 f"Layer {short_name(name)!r} was initialised with offset='subtract', so the base weights are not the "
                 "original ones. Call loraga.restore_base(model) first, or load the base model again."
@@ -85,7 +89,7 @@ def _check_base_is_original(model: nn.Module) -> None:
 def short_name(name: str) -> str:
     """A parameter's or module's name as the base model knows it."""
     name = name.removeprefix(INNER_PREFIX).replace(".base_layer", "")
-    return re.sub(r"\.lora_[AB]\..*$", "", name).removesuffix(".weight")
+    return re.sub(r"\.lora_(embedding_)?[AB]\..*$", "", name).removesuffix(".weight")
 
 
 def check_backward(model: nn.Module) -> None:
@@ -102,8 +106,9 @@ def check_backward(model: nn.Module) -> None:
 def find_slots(peft_model: PeftModel, adapter_name: str) -> tuple[list[AdapterSlot], dict[str, str]]:
     """All layers of a LoRA adapter: those loraga can initialise, and the others with the reason why not.
 
-    The others (embeddings, convolutions, attention blocks taken as one layer, `target_parameters`, variants of LoRA)
-    keep PEFT's ordinary start. Names are module names of the base model.
+    Beside linear layers these are convolutions, embeddings and parameters (`target_parameters`: fused experts). The
+    others (attention blocks taken as one layer, grouped convolutions, variants of LoRA) keep PEFT's ordinary start.
+    Names are module names of the base model.
     """
     slots: list[AdapterSlot] = []
     unsupported: dict[str, str] = {}
@@ -126,33 +131,91 @@ def find_slots(peft_model: PeftModel, adapter_name: str) -> tuple[list[AdapterSl
 def _why_not(layer: LoraLayer, adapter_name: str) -> str | None:
     base = layer.get_base_layer()
     kind = type(base).__name__
-    if type(layer).__name__ == "ParamWrapper":
-        return "it adapts a parameter (target_parameters), not a linear layer"
-    if not is_linear_like(base):
-        return f"{kind} is not a linear layer"
+    wrapper = _is_wrapper(layer)
+    if not wrapper and not is_linear_like(base):
+        reason = _why_no_matrix(base)
+        if reason is not None:
+            return reason
+    if (wrapper or not is_linear_like(base)) and weight_matrix(base, _parameter_name(layer)) is None:
+        weight = f"{_parameter_name(layer)} of {kind}"
+        if is_distributed(getattr(base, _parameter_name(layer), None)):
+            return f"{weight} is sharded; to start it, initialise before fully_shard"
+        return f"the gradient of {weight} cannot be taken (quantized, offloaded or computed)"
+    if wrapper and layer.get_param().dim() == 3 and layer.num_experts == 1 and not _swapped(layer):
+        return "PEFT does not orient a single transposed expert"
     variant = layer.lora_variant.get(adapter_name)
     if variant is not None and not type(variant).__name__.startswith("DoraLinear"):
         return f"{type(variant).__name__} changes what a LoRA layer computes"
-    for linear in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
-        if type(linear) is not nn.Linear and not isinstance(linear, TwoHalves):
-            return f"its adapter is made of {type(linear).__name__}"
+    for holder in _holders(layer, adapter_name)[:2]:
+        if not can_halve(holder):
+            return f"its adapter is made of {type(holder).__name__}"
     return None
 
 
+def _why_no_matrix(base: nn.Module) -> str | None:
+    """Why the adapter that PEFT gives this layer is not W + s B A, or None."""
+    kind = type(base).__name__
+    if isinstance(base, nn.Embedding):
+        if base.max_norm is not None:
+            return f"{kind} with max_norm rescales its adapter, too"
+        return "a tensor parallel embedding" if getattr(base, "_hf_tp_plan", None) is not None else None
+    if not isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return f"{kind} is not a linear layer, convolution or embedding"
+    if base.groups > 1:
+        return f"{kind} with groups={base.groups}: PEFT's adapter mixes the groups, so it is no change of the weight"
+    if set(base.dilation) != {1} or base.padding_mode != "zeros":
+        return (
+            f"{kind} with dilation={base.dilation} and padding_mode={base.padding_mode!r}: PEFT's adapter has neither"
+        )
+    return None
+
+
+def _is_wrapper(layer: LoraLayer) -> bool:
+    """Whether PEFT adapts a parameter of a module here (`target_parameters`)."""
+    return type(layer).__name__ == "ParamWrapper"
+
+
+def _parameter_name(layer: LoraLayer) -> str:
+    return layer.parameter_name if _is_wrapper(layer) else "weight"
+
+
+def _swapped(layer: LoraLayer) -> bool:
+    """Experts lie as (experts, out, in); PEFT before this attribute took all for (experts, in, out)."""
+    return getattr(layer, "_did_swap_in_out_features", False)
+
+
+def _holders(layer: LoraLayer, adapter_name: str) -> tuple[nn.Module, nn.Module, str]:
+    """What holds A, what holds B, and what they are called there."""
+    if adapter_name in layer.lora_embedding_A:
+        return layer.lora_embedding_A, layer.lora_embedding_B, adapter_name
+    return layer.lora_A[adapter_name], layer.lora_B[adapter_name], "weight"
+
+
 def slot_of(name: str, layer: LoraLayer, adapter_name: str) -> AdapterSlot:
-    """One layer of an adapter, which must be linear-like."""
-    lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    trained = lora_A.trained if isinstance(lora_A, TwoHalves) else lora_A.weight
+    """One layer of an adapter, of a kind loraga can initialise."""
+    lora_A, lora_B, key = _holders(layer, adapter_name)
+    A, B = trained(lora_A, key), trained(lora_B, key)
+    base, wrapper = layer.get_base_layer(), _is_wrapper(layer)
+    whole = None
+    if wrapper or not is_linear_like(base):
+        stacked = wrapper and layer.get_param().dim() == 3
+        transposed = (isinstance(base, nn.Embedding) and not wrapper) or (stacked and not _swapped(layer))
+        whole = WholeWeight(base, _parameter_name(layer), stacked, transposed)
+    experts = layer.num_experts if wrapper else 1
     return AdapterSlot(
-        name=name,
+        name=f"{name.replace('.base_layer', '')}.{layer.parameter_name}" if wrapper else name,
         layer=layer,
-        base_layer=layer.get_base_layer(),
-        transposed=bool(getattr(layer, "fan_in_fan_out", False)),
+        base_layer=base,
+        transposed=bool(getattr(layer, "fan_in_fan_out", False)) if whole is None else whole.transposed,
         lora_A=lora_A,
         lora_B=lora_B,
-        rank=trained.shape[0],
+        rank=A.shape[0] // experts,
         scaling=layer.scaling[adapter_name],
-        shape=(lora_B.out_features, lora_A.in_features),
+        shape=(B.shape[0], math.prod(A.shape[1:])),
+        key=key,
+        experts=experts,
+        whole=whole,
+        path=name,
     )
 
 
@@ -197,13 +260,12 @@ def base_weight(slot: AdapterSlot) -> torch.Tensor:
     Raises:
         ValueError: its storage format is not known to PEFT.
     """
+    if slot.whole is not None:
+        return slot.whole.matrices(slot.weight.detach())[slot.part].flatten(1)
     with loaded(slot.base_layer):
         weight = dequantized(slot.base_layer)
-    if (
-        weight is None
-        or not weight.is_floating_point()
-        or tuple(weight.shape) != (slot.shape[::-1] if slot.transposed else slot.shape)
-    ):
+    expected = slot.shape[::-1] if slot.transposed else slot.shape
+    if weight is None or not weight.is_floating_point() or tuple(weight.shape) != expected:
         raise ValueError(
             f"The weight of {slot.name!r} ({type(slot.base_layer).__name__}) is stored in a form that PEFT cannot "
             "dequantize; use a scale other than 'weight-svd'."

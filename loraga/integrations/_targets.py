@@ -169,13 +169,23 @@ def _resolve_targets(model: nn.Module, config: LoraConfig) -> None:
         config.target_modules = names
 
 
+def embeddings_of(model: nn.Module, kinds: tuple[str, ...] = ("input", "output")) -> list[nn.Module]:
+    """What a transformers model says its embeddings are, adapters aside; of any other model nothing is known."""
+    found = []
+    for kind in kinds:
+        find = getattr(model, f"get_{kind}_embeddings", None)
+        try:
+            module = find() if find is not None else None
+        except (NotImplementedError, AttributeError):
+            module = None
+        if module is not None:
+            found.append(_inner(module))
+    return found
+
+
 def _output_layer_names(model: nn.Module) -> set[str]:
-    find = getattr(model, "get_output_embeddings", None)
-    try:
-        output = find() if find is not None else None
-    except NotImplementedError:
-        output = None
-    return {name for name, module in model.named_modules() if output is not None and module is output}
+    output = embeddings_of(model, ("output",))
+    return {name for name, module in model.named_modules() if any(module is one for one in output)}
 
 
 def _matches(base: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:

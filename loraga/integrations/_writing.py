@@ -26,8 +26,9 @@ from loraga.integrations._slots import (
     ranks_and_alphas,
     short_name,
 )
+from loraga.integrations._targets import embeddings_of
 from loraga.linalg import seed_of, truncated_svd
-from loraga.offsets import AdapterSlot, AnchoredLinear, ShiftedLinear, TwoHalves
+from loraga.offsets import AdapterSlot, Anchored, Kind, Shifted, halved, trained
 from loraga.sharding import follow_names, is_distributed, is_sharded
 from loraga.snapshot import structure, tensors
 
@@ -39,14 +40,14 @@ _WRITERS = {
     "zero-b": offsets.write_zero_b,
     "none": offsets.write_none,
 }
-_KINDS: dict[str, type[TwoHalves]] = {"anchor": AnchoredLinear, "subtract": ShiftedLinear}
+_KINDS: dict[str, Kind] = {"anchor": Anchored, "subtract": Shifted}
 
 
 def start_of(slot: AdapterSlot, factors: Factors, init: InitConfig, seed: int) -> Start:
-    """A0 (r, n) and B0 (m, r) of one layer; see `recipes.start`."""
+    """A0 (r, n) and B0 (m, r) of one layer, or one of a slot's `parts`; see `recipes.start`."""
     sigma = None
     if init.method == "lora-ga" and init.scale == "weight-svd":
-        if is_distributed(slot.base_layer.weight):
+        if is_distributed(getattr(slot.base_layer, "weight", None)):
             raise ValueError(
                 f"scale='weight-svd' needs the whole weight of {slot.name!r}, which is sharded; use scale='stable'."
             )
@@ -69,8 +70,8 @@ def write_start(
     Args:
         peft_model (`PeftModel`): holds the adapter.
         adapter_name (`str`): its name.
-        starts (`dict[str, tuple[Tensor, Tensor]]`): A0 (r, n) and B0 (m, r) by `AdapterSlot.name`. Layers that are
-            missing stay an ordinary LoRA.
+        starts (`dict[str, tuple[Tensor, Tensor]]`): A0 (r, n) and B0 (m, r) by the name of each of a slot's `parts`.
+            Those that are missing stay an ordinary LoRA.
         offset (`str`): `"anchor"`, `"subtract"`, `"zero-b"` or `"none"`.
         confirm (callable): called when all is written; if it raises, nothing was.
 
@@ -91,9 +92,9 @@ def write_start(
         plain = plain_start(config)
         for slot in slots:
             _make_plain(slot, adapter_name, alpha_factor(plain))
-            if slot.name in starts:
+            if any(part.name in starts for part in slot.parts()):
                 _reset_magnitude(slot, adapter_name)
-                _WRITERS[offset](slot, *starts[slot.name])
+                _WRITERS[offset](slot, *_start_held(slot, starts))
             elif offset in _KINDS:
                 offsets.freeze_nothing(slot, _KINDS[offset])
         if offset == "anchor":
@@ -133,7 +134,7 @@ def restore_base(peft_model: PeftModel, adapter_name: str = "default") -> None:
     check_not_merged(peft_model)
     if is_sharded(peft_model):
         raise ValueError("The weights of this model are sharded; call restore_base before fully_shard.")
-    slots = [slot for slot in find_slots(peft_model, adapter_name)[0] if isinstance(slot.lora_A, ShiftedLinear)]
+    slots = [slot for slot in find_slots(peft_model, adapter_name)[0] if halved(slot, Shifted)]
     undo = _remember(slots, adapter_name, base_too=True)
     try:
         for slot in slots:
@@ -144,6 +145,17 @@ def restore_base(peft_model: PeftModel, adapter_name: str = "default") -> None:
         for restore in undo:
             restore()
         raise
+
+
+def _start_held(slot: AdapterSlot, starts: Mapping[str, Start]) -> Start:
+    """A0 and B0 as PEFT holds them; an expert without a start keeps the A it has, and zero as its B."""
+    if slot.experts == 1:
+        return slot.held([starts[slot.name]])
+    ordinary = slot.matrices(trained(slot.lora_A, slot.key).detach(), trained(slot.lora_B, slot.key).detach())
+    parts = [
+        starts.get(part.name, (A, torch.zeros_like(B))) for part, (A, B) in zip(slot.parts(), ordinary, strict=True)
+    ]
+    return slot.held([(A.to(ordinary[0][0]), B.to(ordinary[0][1])) for A, B in parts])
 
 
 def _remember(slots: list[AdapterSlot], adapter_name: str, base_too: bool) -> tuple[Callable[[], None], ...]:
@@ -158,17 +170,17 @@ def _remember(slots: list[AdapterSlot], adapter_name: str, base_too: bool) -> tu
         modules += [slot.layer, *parts]
         values += [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
         if base_too:
-            values.append(slot.base_layer.weight)
+            values.append(slot.weight)
     # values last: by then the parameters are where they were
     return structure(modules), tensors(values)
 
 
 def _check_starts(slots: list[AdapterSlot], starts: Mapping[str, Start]) -> None:
-    by_name = {slot.name: slot for slot in slots}
+    by_name = {part.name: part for slot in slots for part in slot.parts()}
     for name, (A0, B0) in starts.items():
         slot = by_name.get(name)
         if slot is None:
-            raise ValueError(f"There is a start for {name!r}, which is no linear layer of this adapter.")
+            raise ValueError(f"There is a start for {name!r}, which is no layer of this adapter that can have one.")
         (m, n), r = slot.shape, slot.rank
         if A0.shape != (r, n) or B0.shape != (m, r):
             raise ValueError(
@@ -185,7 +197,7 @@ def _check_in_memory(peft_model: PeftModel, adapter_name: str, others: Iterable[
         layer = peft_model.base_model.model.get_submodule(name)
         if any(p.is_meta for key, p in layer.named_parameters() if adapter_name in key.split(".")):
             raise ValueError(
-                f"The adapter of layer {name!r} has no weights yet, and loraga starts linear layers only. Make the "
+                f"The adapter of layer {name!r} has no weights yet, and loraga does not start it. Make the "
                 "adapter without low_cpu_mem_usage=True."
             )
 
@@ -194,8 +206,9 @@ def check_offset(peft_model: PeftModel, adapter_name: str, offset: str) -> None:
     """Raise `ValueError` unless `offset` can be applied to this adapter.
 
     All but `"subtract"` can, except to DoRA in a sharded model.
-    `"subtract"` needs base weights that are not quantized, sharded, shared with another module, or used by other
-    adapters. The message names the layer and the offsets that work.
+    `"subtract"` needs base weights that are not quantized, sharded, shared with another module, used by other adapters,
+    or those of the model's input or output embeddings, which PEFT saves. The message names the layer and the offsets
+    that work.
     """
     check_choice("offset", offset, OFFSETS)
     slots = find_slots(peft_model, adapter_name)[0]
@@ -203,7 +216,21 @@ def check_offset(peft_model: PeftModel, adapter_name: str, offset: str) -> None:
         _check_sharded(slots, adapter_name, offset)
     if offset == "subtract":
         check_alone(peft_model.peft_config, adapter_name)
-        check_subtractable(peft_model, {slot.name: slot.base_layer for slot in slots})
+        check_not_quantized({slot.name: slot.base_layer for slot in slots if slot.whole is None})
+        check_not_shared(peft_model, {slot.name: slot.weight for slot in slots})
+        _check_not_saved_by_peft(peft_model, slots)
+
+
+def _check_not_saved_by_peft(peft_model: PeftModel, slots: list[AdapterSlot]) -> None:
+    """PEFT writes the weights of input and output embeddings into a saved adapter where they are targets or resized."""
+    saved = embeddings_of(peft_model.base_model.model)
+    for slot in slots:
+        if any(slot.base_layer is module for module in saved):
+            raise ValueError(
+                f"offset='subtract' does not go with {slot.name!r}: PEFT saves the weights of input and output "
+                "embeddings with the adapter, and those would be the changed ones. Use offset='anchor' or 'zero-b', "
+                "or leave the layer out."
+            )
 
 
 def _check_sharded(slots: list[AdapterSlot], adapter_name: str, offset: str) -> None:
@@ -230,19 +257,28 @@ def check_alone(adapter_names: Iterable[str], adapter_name: str) -> None:
 
 
 def check_subtractable(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
-    """Raise `ValueError` unless the weight of every target can be added to without changing anything else."""
+    """Raise `ValueError` unless the weight of every linear layer can be added to without changing anything else."""
+    check_not_quantized(targets)
+    check_not_shared(model, {name: cast(torch.Tensor, module.weight) for name, module in targets.items()})
+
+
+def check_not_quantized(targets: Mapping[str, nn.Module]) -> None:
+    """Raise `ValueError` if the weight of a linear layer cannot simply be added to."""
     for name, module in targets.items():
         if quantized(module):
             raise ValueError(
                 f"offset='subtract' cannot change the quantized weight of {name!r} ({type(module).__name__}). Use "
                 "offset='anchor' or 'zero-b', which leave it as it is."
             )
+
+
+def check_not_shared(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ValueError` if a weight is another layer's, too, or not in memory."""
     owners = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.is_meta and parameter.numel():
             owners[parameter.device, parameter.data_ptr()].append(short_name(name))
-    for name, module in targets.items():
-        weight = cast(torch.Tensor, module.weight)
+    for name, weight in weights.items():
         if weight.is_meta:
             raise ValueError(
                 f"offset='subtract' cannot change the weight of {name!r}, which is offloaded or not loaded yet. Use "
@@ -268,10 +304,10 @@ def _warn_of_dropout(slots: list[AdapterSlot], adapter_name: str) -> None:
 
 def _make_plain(slot: AdapterSlot, adapter_name: str, factor: float) -> None:
     """Undo an earlier anchor, and give weights to an adapter that PEFT made without (`low_cpu_mem_usage`, offload)."""
-    if isinstance(slot.lora_A, AnchoredLinear):
+    if halved(slot, Anchored):
         offsets.drop_anchor(slot)
         _set_rank(slot, adapter_name, 1, 1 / factor)
-    if slot.lora_A.weight.is_meta:
+    if trained(slot.lora_A, slot.key).is_meta:
         give_storage(slot.layer, adapter_name)
         magnitude = _magnitude(slot, adapter_name)
         if magnitude is not None:

@@ -35,8 +35,9 @@ from loraga.integrations._slots import slot_of
 from loraga.integrations._targets import find_targets
 from loraga.integrations._writing import check_alone, check_subtractable, start_of
 from loraga.linalg import seed_of, truncated_svd
-from loraga.report import InitReport, written_whole
+from loraga.report import InitReport
 from loraga.sharding import check_sharding, is_sharded
+from loraga.whole_files import written_whole
 
 # the releases whose LoRA-GA was read and run with the tests of this file
 KNOWN = ((0, 19), (0, 20), (0, 21))
@@ -200,6 +201,10 @@ class _Target:
     @property
     def transposed(self) -> bool:
         return isinstance(self.module, Conv1D)
+
+    @property
+    def if_zero(self) -> str:
+        return "gradient is zero"
 
 
 # what is known of a target: its factors, or why there are none

@@ -1,0 +1,49 @@
+"""Files that appear whole or not at all, whatever stops the writer: an error, a full disk, a kill."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it at the end, or removed on failure."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def files_whole(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
+    """A temporary folder whose files are moved into `folder` at the end, or removed on failure.
+
+    The file `last` is the one without which the others are not read; whoever stops in between leaves a folder without
+    it. Other files in `folder` stay.
+    """
+    target = Path(folder)
+    new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    temporary = target / f".{os.getpid()}.tmp"
+    try:
+        temporary.mkdir()
+        yield temporary
+        names = sorted((path.name for path in temporary.iterdir()), key=lambda name: (name == last, name))
+        if last in names and len(names) > 1:
+            (target / last).unlink(missing_ok=True)
+        for name in names:
+            os.replace(temporary / name, target / name)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if new and not any(target.iterdir()):
+            target.rmdir()
+        raise
+    shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,278 @@
+"""Faults put in on purpose: what is killed, breaks or runs full leaves earlier files and the model as they were."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from test_cli import QUIET, models, run, weights_of, write_data  # noqa: F401
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from zoo import MLP, assert_same, everything_about, init, mlp_batches
+
+import loraga
+from loraga import estimation, whole_files
+from loraga.config import InitConfig
+from loraga.estimators import Dense, Streaming
+
+SECONDS = 120  # what a fault may take at most, on a slow machine
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """Run `action` in a forked process; its exit code (negative: the signal that ended it)."""
+    child = multiprocessing.get_context("fork").Process(target=action)
+    child.start()
+    child.join(SECONDS)
+    assert not child.is_alive(), "it hangs"
+    return child.exitcode
+
+
+def die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def started(offset: str = "anchor") -> PeftModel:
+    return init(MLP(), mlp_batches(), init=InitConfig(offset=offset))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def readable(folder: Path) -> bool:
+    """Whether PEFT takes this for a saved adapter."""
+    return (folder / "adapter_config.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- killed
+def killed_at(monkeypatch, moment: str) -> None:
+    """Have this process die at a moment of `loraga init`."""
+    if moment == "between batches":
+        loss, calls = estimation._loss, []
+        monkeypatch.setattr(estimation, "_loss", lambda *a: die() if len(calls) else calls.append(0) or loss(*a))
+    elif moment == "while weights are written":
+        save = PeftModel.save_pretrained
+
+        def half(self, folder, **options):
+            save(self, folder, **options)
+            file = Path(folder, "adapter_model.safetensors")
+            file.write_bytes(file.read_bytes()[:100])
+            die()
+
+        monkeypatch.setattr(PeftModel, "save_pretrained", half)
+    else:
+        monkeypatch.setattr(loraga.InitReport, "save", die)
+
+
+@pytest.mark.parametrize("moment", ["between batches", "while weights are written", "before the report"])
+def test_the_command_killed_leaves_the_old_adapter(moment, models, tmp_path, monkeypatch):  # noqa: F811
+    data = write_data(tmp_path / "data.jsonl")
+    arguments = (models["llama"], "--data", data, "--output", tmp_path / "out", *QUIET)
+    killed_at(monkeypatch, moment)
+    assert in_child(lambda: run(*arguments)) == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()  # nothing that a trainer would read
+    monkeypatch.undo()
+    assert run(*arguments) == 0
+    before = weights_of(tmp_path / "out")
+    killed_at(monkeypatch, moment)
+    assert in_child(lambda: run(*arguments, "--overwrite", "--seed", "9")) == -signal.SIGKILL
+    after = weights_of(tmp_path / "out")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    monkeypatch.undo()
+    assert run(*arguments, "--overwrite", "--seed", "9") == 0  # what the dead left is in nobody's way
+
+
+@pytest.mark.parametrize("call", ["export", "config", "report"])
+def test_killed_while_writing_into_a_folder(call, tmp_path, monkeypatch):
+    model = started()
+    write = {
+        "export": lambda: loraga.export_adapter(model, tmp_path),
+        "config": lambda: model.peft_config["default"].save_pretrained(str(tmp_path)),
+        "report": lambda: model.loraga_report.save(tmp_path / "report.json"),
+    }[call]
+    replace = os.replace
+    for survived in range(4):  # dies at the first, second, ... file that is put in place
+        calls: list[int] = []
+
+        def put(a, b, calls=calls, survived=survived):
+            if len(calls) == survived:
+                die()
+            calls.append(0)
+            replace(a, b)
+
+        monkeypatch.setattr(whole_files.os, "replace", put)
+        code = in_child(write)
+        monkeypatch.undo()
+        here = files(tmp_path)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        assert not readable(tmp_path), "read as whole though the writer died"
+        for name, content in here.items():
+            assert not name.endswith(".json") or json.loads(content)
+    assert survived >= 1
+    shutil.rmtree(tmp_path)
+    write()
+    assert files(tmp_path).keys() >= {"export": {"adapter_config.json", "loraga.json"}}.get(call, set())
+
+
+# --------------------------------------------------------------------------------------------------------------- full
+@pytest.mark.parametrize("call", ["export", "config", "report"])
+def test_a_full_disk_leaves_earlier_files(call, tmp_path):
+    """No file may grow beyond 64 bytes: every write fails as on a full disk, in the middle."""
+    model = started()
+    folder = tmp_path / "there"
+    write = {
+        "export": lambda to: loraga.export_adapter(model, to),
+        "config": lambda to: model.peft_config["default"].save_pretrained(str(to)),
+        "report": lambda to: model.loraga_report.save(to / "report.json"),
+    }[call]
+    write(folder)
+    before = files(folder)
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing gives an error
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+        for to in (folder, tmp_path / "new"):
+            try:
+                write(to)
+            except Exception as error:
+                ok = isinstance(error, OSError) or "large" in str(error) or "I/O" in str(error)
+                os._exit(3 if not ok else 0) if to.name == "new" else None
+        os._exit(4)
+
+    assert in_child(limited) == 0
+    assert files(folder) == before and sorted(os.listdir(folder)) == sorted(before)
+    assert not readable(tmp_path / "new") and not list(tmp_path.glob("new/*"))
+
+
+def test_no_space_for_the_command(models, tmp_path, capsys, monkeypatch):  # noqa: F811
+    data = write_data(tmp_path / "data.jsonl")
+    arguments = (models["llama"], "--data", data, "--output", tmp_path / "out", *QUIET)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    assert run(*arguments) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["data.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------------------- corrupted
+def spoil(folder: Path, how: str) -> str:
+    """Damage an adapter folder; what the error must name."""
+    side, weights = folder / "loraga.json", folder / "adapter_model.safetensors"
+    if how == "no side file":
+        side.unlink()
+    elif how == "half a side file":
+        side.write_bytes(side.read_bytes()[:30])
+    elif how == "a side file that is no text":
+        side.write_bytes(b"\xff\xfe\x00")
+    elif how == "a foreign side file":
+        side.write_text('{"trainable_rank": 4}')
+    elif how == "an export's side file":
+        side.write_text('{"offset": "export", "relative_error": {}}')
+    elif how == "half the weights":
+        weights.write_bytes(weights.read_bytes()[:-50])
+    elif how == "weights that are none":
+        weights.write_bytes(b"not weights at all, but a page of an error message")
+    else:
+        loraga.export_adapter(started(), folder.parent / "other")
+        shutil.copy(folder.parent / "other" / "adapter_model.safetensors", weights)
+    return "adapter_model.safetensors" if "weights" in how else "loraga.json"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "no side file",
+        "half a side file",
+        "a side file that is no text",
+        "a foreign side file",
+        "an export's side file",
+        "half the weights",
+        "weights that are none",
+        "another adapter's weights",
+    ],
+)
+def test_a_damaged_or_foreign_folder_is_named(how, tmp_path):
+    started().save_pretrained(tmp_path / "good")
+    model = PeftModel.from_pretrained(MLP(), tmp_path / "good", is_trainable=True)
+    shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    name = spoil(tmp_path / "bad", how)
+    before = everything_about(model)
+    with pytest.raises(ValueError, match=rf"bad/{name}") as caught:
+        loraga.attach_anchor(model, tmp_path / "bad")
+    assert any(word in str(caught.value).lower() for word in ("save the adapter", "read from?", "needs no attach"))
+    assert_same(everything_about(model), before)
+    loraga.attach_anchor(model, tmp_path / "good")
+
+
+# ------------------------------------------------------------------------------------------ memory, workers and loaders
+class WithConvolution(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(1, 8, 3, padding=1)
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return super().forward(torch.tanh(self.mix(inputs[:, None]).mean(1)), labels)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize("where", ["tap", "sink"])
+@pytest.mark.parametrize("call", ["fast_init", "estimate_factors"])
+def test_out_of_memory_within_backward(error, where, call, monkeypatch):
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB"
+    update, calls = Dense.add if where == "sink" else None, []
+
+    def full(self, *args, **kwargs):
+        calls.append(0)
+        if len(calls) > 2:
+            raise error(text)
+        return update(self, *args, **kwargs) if update else torch.ones((), dtype=torch.bool)
+
+    for kind in (Dense,) if where == "sink" else (Dense, Streaming):
+        monkeypatch.setattr(kind, "add" if where == "sink" else "update", full)
+    model = WithConvolution()
+    before = everything_about(model)
+    targets = ["layers.0", "layers.1", "mix"]
+    with pytest.raises(error, match=r"Tried to allocate 2[.]00 GiB"):
+        if call == "fast_init":
+            from peft import LoraConfig
+
+            loraga.fast_init(model, mlp_batches(), LoraConfig(r=1, target_modules=targets), show_progress_bar=False)
+        else:
+            loraga.estimate_factors(model, mlp_batches(), targets, 1)
+    assert len(calls) == 3
+    assert_same(everything_about(model), before)
+
+
+class Dying(Dataset):
+    """The worker that is asked for the third batch ends without a word."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index >= 2 and torch.utils.data.get_worker_info() is not None:
+            os._exit(1)
+        return {key: value[0] for key, value in mlp_batches(1, rows=1, seed=index)[0].items()}
+
+
+def test_a_dying_worker_of_the_loader():
+    model = MLP()
+    before = everything_about(model)
+    with pytest.raises(RuntimeError, match=r"worker.*exited unexpectedly"):
+        init(model, DataLoader(Dying(), batch_size=1, num_workers=1))
+    assert_same(everything_about(model), before)
