@@ -46,7 +46,7 @@ def start_of(slot: AdapterSlot, factors: Factors, init: InitConfig, seed: int) -
     """A0 (r, n) and B0 (m, r) of one layer; see `recipes.start`."""
     sigma = None
     if init.method == "lora-ga" and init.scale == "weight-svd":
-        if is_distributed(slot.base_layer.weight):
+        if is_distributed(getattr(slot.base_layer, "weight", None)):
             raise ValueError(
                 f"scale='weight-svd' needs the whole weight of {slot.name!r}, which is sharded; use scale='stable'."
             )
