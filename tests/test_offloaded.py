@@ -1,4 +1,4 @@
-"""Models whose weights accelerate keeps on the CPU or on disk outside of forward."""
+"""Models whose weights accelerate keeps in host memory or on disk and loads layer by layer: all is as in memory.
 
 Outside of their forward such weights are on the meta device, and so is the adapter that PEFT makes beside them.
 """
