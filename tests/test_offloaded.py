@@ -34,7 +34,23 @@ def offloaded(kind, folder, model=None) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def data():
-    return batches("llama", count=3, rows=4)
+    return batches("llama", count=2, rows=3)
+
+
+@pytest.fixture(scope="module")
+def in_memory(data):
+    """Losses and adapter of the model in memory, started with these options and trained."""
+
+    def made(**options):
+        key = tuple(options.items())
+        if key not in results:
+            model = init(build("llama"), data, init=loraga.InitConfig(**options))
+            start = {name: value.clone() for name, value in adapter(model).items()}
+            results[key] = start, train(model, data), adapter(model)
+        return results[key]
+
+    results: dict = {}
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -51,25 +67,32 @@ def places(model) -> dict[str, torch.device]:
     return {name: parameter.device for name, parameter in model.named_parameters() if ".lora_" not in name}
 
 
-def train(model, data) -> list[Tensor]:
+def train(model, data) -> Tensor:
     """Losses of a few steps."""
     trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     losses = []
     for batch in data:
         optimizer.zero_grad()
-        losses.append(model(**batch).loss)
-        losses[-1].backward()
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.detach())
         optimizer.step()
-    return losses
+    return torch.stack(losses)
 
 
 def adapter(model) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.state_dict().items() if ".lora_" in name}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+def same_adapter(model, expected) -> None:
+    found = adapter(model)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("kind, checkpointing", [*((kind, False) for kind in KINDS), ("disk", True)])
 def test_factors_are_those_of_the_model_in_memory(kind, checkpointing, data, expected, tmp_path):
     """Backward needs weights that are gone from their layers by then; autograd, or the recomputation, has them."""
     model = offloaded(kind, tmp_path)
@@ -94,11 +117,10 @@ def test_the_gradient_is_exact(data, expected):
 
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_start_and_training_are_those_of_the_model_in_memory(kind, offset, data, tmp_path):
-    options = loraga.InitConfig(offset=offset)
+def test_start_and_training_are_those_of_the_model_in_memory(kind, offset, data, in_memory, tmp_path):
     model = offloaded(kind, tmp_path)
     before, reference = places(model), model(**data[0]).logits.detach()
-    peft_model, plain = init(model, data, init=options), init(build("llama"), data, init=options)
+    peft_model = init(model, data, init=loraga.InitConfig(offset=offset))
     assert all(layer.initialised for layer in peft_model.loraga_report.layers)
     assert list(places(peft_model).values()) == list(before.values())
     assert {value.device.type for value in adapter(peft_model).values()} == {"cpu"}
@@ -109,23 +131,22 @@ def test_start_and_training_are_those_of_the_model_in_memory(kind, offset, data,
     else:
         torch.testing.assert_close(peft_model(**data[0]).logits, reference, atol=5e-6, rtol=0)
 
-    losses, others = train(peft_model, data), train(plain, data)
-    assert torch.equal(torch.stack(losses), torch.stack(others)) and losses[-1].isfinite()
-    there, here = adapter(peft_model), adapter(plain)
-    assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in there)
+    start, losses, trained = in_memory(offset=offset)
+    same_adapter(peft_model, start)
+    assert torch.equal(train(peft_model, data), losses) and losses.isfinite().all()
+    same_adapter(peft_model, trained)
     peft_model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(build("llama"), tmp_path / "adapter")
     torch.testing.assert_close(again(**data[0]).logits, peft_model.eval()(**data[0]).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_an_adapter_that_peft_made_without_storage(low_cpu_mem_usage, data, tmp_path):
+def test_an_adapter_that_peft_made_without_storage(low_cpu_mem_usage, data, in_memory, tmp_path):
     """`get_peft_model` on an offloaded model, then `fast_init`."""
     peft_model = get_peft_model(offloaded("cpu", tmp_path), config(), low_cpu_mem_usage=low_cpu_mem_usage)
     assert all(value.is_meta for value in adapter(peft_model).values())
     loraga.fast_init(peft_model, data, show_progress_bar=False)
-    here = adapter(init(build("llama"), data))
-    assert all(torch.equal(value, here[name]) for name, value in adapter(peft_model).items())
+    same_adapter(peft_model, in_memory(offset="anchor")[0])
 
 
 def test_layers_without_a_gradient_start_as_ordinary_ones(tmp_path):
@@ -143,13 +164,13 @@ def test_layers_without_a_gradient_start_as_ordinary_ones(tmp_path):
     assert torch.equal(*starts) and starts[0].std() > 0
 
 
-def test_weight_svd_reads_an_offloaded_weight(data, tmp_path):
-    options = loraga.InitConfig(scale="weight-svd")
-    for kind in OFFLOADED:
-        peft_model = init(offloaded(kind, tmp_path / kind), data, init=options)
-        here = adapter(init(build("llama"), data, init=options))
-        assert all(torch.equal(value, here[name]) for name, value in adapter(peft_model).items())
-        assert peft_model.base_model.model.get_submodule(NAME).base_layer.weight.is_meta
+@pytest.mark.parametrize("kind", OFFLOADED)
+def test_weight_svd_reads_an_offloaded_weight(kind, data, tmp_path):
+    # an orthonormal basis times a scale; the scale is the weight's
+    lora, options = config(target_modules=["q_proj"]), loraga.InitConfig(scale="weight-svd")
+    peft_model = init(offloaded(kind, tmp_path), data, lora, init=options)
+    same_adapter(peft_model, adapter(init(build("llama"), data, lora, init=options)))
+    assert peft_model.base_model.model.get_submodule(NAME).base_layer.weight.is_meta
 
 
 REFUSED = {
