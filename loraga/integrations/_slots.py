@@ -246,10 +246,10 @@ def quantized(base: nn.Module) -> bool:
 def dequantized(base: nn.Module) -> torch.Tensor | None:
     """A target's weight as the layer stores it, dequantized, or `None` where PEFT cannot do that."""
     stored = getattr(base, "weight", None)
-    if stored is None and not hasattr(base, "W_q"):
+    if not isinstance(stored, torch.Tensor) and not hasattr(base, "W_q"):
         return None
     weight = dequantize_module_weight(base).detach()
-    if stored is not None and base.weight is not stored:
+    if isinstance(stored, torch.Tensor) and base.weight is not stored:
         base.weight = stored  # PEFT puts a copy in place of what bitsandbytes keeps on a CPU
     return weight
 
