@@ -278,11 +278,13 @@ def test_a_dying_worker_of_the_loader(tmp_path):
         before = everything_about(model)
         try:
             init(model, DataLoader(Dying(), batch_size=1, num_workers=1))
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError) as error:  # the second where the worker dies with a batch on its way
             (tmp_path / "error").write_text(str(error))
         assert_same(everything_about(model), before)
         (tmp_path / "same").touch()
         os._exit(0)
 
     assert in_child(look) == 0
-    assert "exited unexpectedly" in (tmp_path / "error").read_text() and (tmp_path / "same").exists()
+    said = (tmp_path / "error").read_text()
+    assert "exited unexpectedly" in said or "Connection reset" in said
+    assert (tmp_path / "same").exists()
