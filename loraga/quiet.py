@@ -53,8 +53,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
     All modules are put into eval mode (no dropout, BatchNorm statistics stand still) except where training mode is
     what makes the code path work: modules that checkpoint activations only while training (transformers), recurrent
-    layers, whose cuDNN backward exists only in training mode, and layers of bitsandbytes. On those the dropout rates are set to zero
-    instead. torch's own transformer layers keep to their ordinary path: in eval mode with nothing to train they would
+    layers, whose cuDNN backward exists only in training mode, and layers of bitsandbytes. On those the dropout rates
+    are set to zero instead. torch's own transformer layers keep to their ordinary path: in eval mode with nothing to train they would
     take one for inference, which calls no layer or passes nested tensors. Gradients are enabled also where the caller
     had disabled them. Modes, `requires_grad` and rates are as before afterwards, whatever happens inside.
     """

@@ -196,7 +196,7 @@ def test_a_layer_without_backward_is_refused(kind, load, data):
 
 @missing("torchao")
 def test_layers_behind_rounded_activations_are_named(load, data):
-    """torchao rounds the activations too, without a gradient; so the loss does not depend on what feeds such a layer."""
+    """torchao rounds the activations too, without a gradient: the loss does not depend on what feeds such a layer."""
     with pytest.warns(UserWarning, match=rf"ordinary LoRA start: {NAME} \(gradient is zero\).*up_proj"):
         peft_model = init(load("torchao-dynamic"), data)
     names = {layer.name.rpartition(".")[2] for layer in peft_model.loraga_report.initialised}

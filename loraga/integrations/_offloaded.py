@@ -54,11 +54,12 @@ def without_storage(layer: LoraLayer, adapter_name: str) -> bool:
 
 
 def lost_to_offload(layer: LoraLayer, adapter_name: str) -> bool:
-    """Whether PEFT made this adapter without storage because the weight beside it is offloaded, and we can mend that."""
+    """Whether PEFT made this adapter without storage beside an offloaded weight, and `give_storage` can mend that."""
     return (
         is_offloaded(layer.get_base_layer())
         and without_storage(layer, adapter_name)
-        and type(layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None) is nn.Linear
+        and adapter_name in layer.lora_A
+        and type(layer.lora_A[adapter_name]) is nn.Linear
         and adapter_name not in layer.lora_magnitude_vector
     )
 

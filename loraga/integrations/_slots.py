@@ -199,7 +199,11 @@ def base_weight(slot: AdapterSlot) -> torch.Tensor:
     """
     with loaded(slot.base_layer):
         weight = dequantized(slot.base_layer)
-    if weight is None or not weight.is_floating_point() or tuple(weight.shape) != (slot.shape[::-1] if slot.transposed else slot.shape):
+    if (
+        weight is None
+        or not weight.is_floating_point()
+        or tuple(weight.shape) != (slot.shape[::-1] if slot.transposed else slot.shape)
+    ):
         raise ValueError(
             f"The weight of {slot.name!r} ({type(slot.base_layer).__name__}) is stored in a form that PEFT cannot "
             "dequantize; use a scale other than 'weight-svd'."
