@@ -97,7 +97,7 @@ _TOKENS = 512
 
 def folded(p: Tensor, x: Tensor) -> Tensor:
     """pᵀ x for p (T, k), x (T, n), as `product`."""
-    if x.is_cuda or len(x) <= _TOKENS or x.shape[1] <= 1024:
+    if _multiplies_half(x) or len(x) <= _TOKENS or x.shape[1] <= 1024:
         return product(p.t(), x)
     out = product(p[:_TOKENS].t(), x[:_TOKENS])
     for start in range(_TOKENS, len(x), _TOKENS):
