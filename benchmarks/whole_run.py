@@ -7,7 +7,8 @@ Cases: the floor (forward and activation backward, nothing else); loraga (stream
 memory); PEFT's own LoRA-GA (`preprocess_loraga` + `get_peft_model`) and EVA; the procedure of the official LoRA-GA
 code, stated anew; and the plain LoRA training step (AdamW) on the same batches, whose peak memory is our yardstick.
 Cases ending in -checkpointed run with gradient checkpointing. Time and peak memory above the loaded model, per case;
-for LoRA-GA starts also their objective against the exact SVD, on the layers named by `--check-layers`.
+for LoRA-GA starts also their objective against the exact SVD, on the layers named by `--check-layers`. A peer that
+fails or runs past `--limit` gets its reason instead of a row; a case of ours that does ends the script with an error.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import _machine
 import torch
+from safetensors.torch import load_file, save_file
 
 SHAPES = {
     # name: hidden, intermediate, layers, heads, kv heads, vocabulary (untied)
@@ -212,17 +215,21 @@ RUNS = {
     "peft-eva": peft_eva,
     "lora-step": lora_step,
 }
-CHECKED = ("loraga", "peft-loraga", "official-loraga")  # whose start is LoRA-GA's
+CHECKED = ("loraga", "loraga-dense", "loraga-dense-host", "peft-loraga", "official-loraga")  # whose start is LoRA-GA's
+OBJECTIVES = "objectives"  # not a case: the process that measures the starts of all of them
 CASES = (*RUNS, *(case + CHECKPOINTED for case in ("floor", "loraga", "lora-step")))
 
 
-def objective(model, starts: dict[str, tuple[torch.Tensor, torch.Tensor]], data, rank: int) -> dict[str, float]:
-    """LoRA-GA objective |G - (U_B U_Bᵀ G + G V_A V_Aᵀ)| over that of the exact SVD, mean and worst, less one.
+def objectives(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """LoRA-GA objective |G - (U_B U_Bᵀ G + G V_A V_Aᵀ)| over that of the exact SVD, less one, of all saved starts.
 
-    U_B and V_A are the directions of B and A; G is the exact mean gradient in float64.
+    U_B and V_A are the directions of B and A; G is the exact mean gradient in float64, made once for all cases.
     """
+    starts = {file.stem: load_file(file) for file in args.starts.glob("*.safetensors")}
+    model, data = prepare(args)
     modules = dict(model.named_modules())
-    weights = {name: modules[name].weight for name in starts}
+    names = sorted({key.rpartition(".")[0] for tensors in starts.values() for key in tensors})
+    weights = {name: modules[name].weight for name in names}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for weight in weights.values():
@@ -233,30 +240,41 @@ def objective(model, starts: dict[str, tuple[torch.Tensor, torch.Tensor]], data,
         for name, weight in weights.items():
             grads[name] += weight.grad.double()
             weight.grad = None
-    excess = []
-    for name, (a, b) in starts.items():
-        g = grads[name]
-        u, v = torch.linalg.qr(b.double()).Q, torch.linalg.qr(a.double().T).Q
-        best = torch.linalg.svdvals(g)[2 * rank :].norm()
-        excess.append(float((g - u @ (u.T @ g) - (g @ v) @ v.T).norm() / best - 1))
-    return {"mean_excess": statistics.fmean(excess), "worst_excess": max(excess), "layers": len(excess)}
+    excess: dict[str, list[float]] = {case: [] for case in starts}
+    for name, g in grads.items():
+        best = torch.linalg.svdvals(g)[2 * args.rank :].norm()
+        for case, tensors in starts.items():
+            a, b = (tensors[f"{name}.{factor}"].to(g) for factor in "AB")
+            u, v = torch.linalg.qr(b).Q, torch.linalg.qr(a.T).Q
+            excess[case].append(float((g - u @ (u.T @ g) - (g @ v) @ v.T).norm() / best - 1))
+    return {
+        case: {"mean_excess": statistics.fmean(found), "worst_excess": max(found), "layers": len(found)}
+        for case, found in excess.items()
+    }
 
 
-def starts_of(peft_model, layers: list[int], rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def starts_of(peft_model, layers: list[int], rank: int) -> dict[str, torch.Tensor]:
+    """A and B of the named blocks' layers, `{layer}.A` and `{layer}.B`; of doubled ones their trainable half."""
     found = {}
     for name, module in peft_model.base_model.model.named_modules():
         if hasattr(module, "lora_A") and any(f"layers.{i}." in name for i in layers):
-            a = module.lora_A["default"].weight.detach()[:rank].clone()
-            b = module.lora_B["default"].weight.detach()[:, :rank].clone()
-            found[name] = (a, b)
+            found[f"{name}.A"] = module.lora_A["default"].weight.detach()[:rank].clone()
+            found[f"{name}.B"] = module.lora_B["default"].weight.detach()[:, :rank].clone()
     return found
 
 
-def run_case(case: str, args: argparse.Namespace) -> dict:
-    warnings.simplefilter("ignore")
-    run = RUNS[case.removesuffix(CHECKPOINTED)]
+def prepare(args: argparse.Namespace) -> tuple[torch.nn.Module, list[dict]]:
+    """The model and the batches, the same in every process."""
     model = build(args.shape, args.device, getattr(torch, args.dtype))
-    data = batches(model, args.batches, args.rows, args.length)
+    return model, batches(model, args.batches, args.rows, args.length)
+
+
+def run_case(args: argparse.Namespace) -> dict:
+    """Time and memory of `args.case` in this process; what it found goes into the folder `args.starts`."""
+    warnings.simplefilter("ignore")
+    case = args.case
+    run = RUNS[case.removesuffix(CHECKPOINTED)]
+    model, data = prepare(args)
     if case.endswith(CHECKPOINTED):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -275,11 +293,8 @@ def run_case(case: str, args: argparse.Namespace) -> dict:
     report = getattr(result, "loraga_report", None)
     if report is not None:
         row |= {"state_bytes": report.state_bytes, "phases": report.seconds}
-    if args.check_layers and case.startswith(CHECKED) and not case.endswith(CHECKPOINTED):
-        starts = starts_of(result, args.check_layers, args.rank)
-        del result, model
-        model = build(args.shape, args.device, getattr(torch, args.dtype))
-        row["objective"] = objective(model, starts, data, args.rank)
+    if args.starts and case in CHECKED:
+        save_file(starts_of(result, args.check_layers, args.rank), args.starts / f"{case}.safetensors")
     return row
 
 
@@ -300,7 +315,58 @@ def table(result: dict) -> str:
             f"| {row['case']} | {row['seconds']:.1f} | {ratio(row['over_floor'])} | {row['peak_bytes'] / 1e9:.2f} GB "
             f"| {ratio(row['memory_over_lora_step'])} | {accuracy} |"
         )
+    lines += [f"| {case} | {reason} |  |  |  |  |" for case, reason in result["failed"].items()]
     return "\n".join(lines)
+
+
+def child(command: list[str], limit: float | None) -> dict:
+    """What a process of this script printed last. A peer that fails or is not done in time is a result.
+
+    Raises:
+        `ChildProcessError`: with the reason, for the table.
+    """
+    try:
+        done = subprocess.run([sys.executable, __file__, *command], capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise ChildProcessError(f"stopped after {limit:.0f} s") from None
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        raise ChildProcessError((done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(args: argparse.Namespace, starts: Path) -> tuple[list[dict], dict[str, str]]:
+    """A row per case, the median over the repeats, and the reason for each case that has none."""
+    options = ["--shape", args.shape, "--batches", str(args.batches), "--rows", str(args.rows)]
+    options += ["--length", str(args.length), "--rank", str(args.rank), "--device", args.device, "--dtype", args.dtype]
+    options += ["--check-layers", *map(str, args.check_layers)]
+    runs: dict[str, list[dict]] = {case: [] for case in args.cases}
+    failed: dict[str, str] = {}
+    for repeat in range(args.repeats):
+        saving = ["--starts", str(starts)] if args.check_layers and repeat == 0 else []
+        for case in args.cases:
+            if case in failed:
+                continue
+            try:
+                runs[case].append(child(["--case", case, *options, *saving], args.limit))
+                print(f"{case}: {runs[case][-1]['seconds']:.2f} s", file=sys.stderr)
+            except ChildProcessError as reason:
+                failed[case] = str(reason)
+                print(f"{case}: {reason}", file=sys.stderr)
+    rows = []
+    for case, found in runs.items():
+        if case not in failed:
+            row = {key: value for key, value in found[0].items() if value is not None}
+            row["seconds"] = statistics.median(run["seconds"] for run in found)
+            row["seconds_all"] = [run["seconds"] for run in found]
+            row["peak_bytes"] = statistics.median(run["peak_bytes"] for run in found)
+            rows.append(row)
+    if any(starts.iterdir()):
+        found = child(["--case", OBJECTIVES, *options, "--starts", str(starts)], None)
+        for row in rows:
+            if row["case"] in found:
+                row["objective"] = found[row["case"]]
+    return rows, failed
 
 
 def main() -> None:
@@ -315,8 +381,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="processes per case, in turn; the median is reported")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--check-layers", type=int, nargs="*", default=[0, 6, 11])
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="stop a case's process after so long")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=(*CASES, OBJECTIVES), help=argparse.SUPPRESS)
+    parser.add_argument("--starts", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path, help="print the table of a result file and do nothing else")
     args = parser.parse_args()
     if args.table:
@@ -324,32 +392,16 @@ def main() -> None:
         return
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.case:
-        print(json.dumps(run_case(args.case, args)))
+        print(json.dumps(objectives(args) if args.case == OBJECTIVES else run_case(args)))
         return
-    options = ["--shape", args.shape, "--batches", str(args.batches), "--rows", str(args.rows)]
-    options += ["--length", str(args.length), "--rank", str(args.rank), "--device", args.device, "--dtype", args.dtype]
-    rows: dict[str, list[dict]] = {case: [] for case in args.cases}
-    failed: dict[str, str] = {}
-    for repeat in range(args.repeats):
-        for case in args.cases:
-            checked = ["--check-layers", *(map(str, args.check_layers if repeat == 0 else []))]
-            command = [sys.executable, __file__, "--case", case, *options, *checked]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                if args.device == "cpu":
-                    sys.exit(f"{case} failed:\n{done.stderr}")
-                failed[case] = done.stderr.splitlines()[-1]  # a peer that runs out of memory is a result
-                print(f"{case} failed: {failed[case]}", file=sys.stderr)
-                continue
-            rows[case].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{case}: {rows[case][-1]['seconds']:.2f} s", file=sys.stderr)
-    summary = []
-    for runs in filter(None, rows.values()):
-        row = dict(runs[0])
-        row["seconds"] = statistics.median(r["seconds"] for r in runs)
-        row["seconds_all"] = [r["seconds"] for r in runs]
-        row["peak_bytes"] = statistics.median(r["peak_bytes"] for r in runs)
-        summary.append({key: value for key, value in row.items() if value is not None})
+    with tempfile.TemporaryDirectory() as folder:
+        rows, failed = measure(args, Path(folder))
+    by_case = {row["case"]: row for row in rows}
+    for row in rows:
+        suffix = CHECKPOINTED if row["case"].endswith(CHECKPOINTED) else ""
+        least, step = by_case.get("floor" + suffix), by_case.get("lora-step" + suffix)
+        row["over_floor"] = row["seconds"] / least["seconds"] if least else None
+        row["memory_over_lora_step"] = row["peak_bytes"] / step["peak_bytes"] if step else None
     result = {
         **_machine.describe(),
         "model": args.shape,
@@ -357,17 +409,13 @@ def main() -> None:
         "rank": args.rank,
         "dtype": args.dtype,
         "failed": failed,
-        "rows": summary,
+        "rows": rows,
     }
-    by_case = {row["case"]: row for row in summary}
-    for row in summary:
-        suffix = CHECKPOINTED if row["case"].endswith(CHECKPOINTED) else ""
-        least, step = by_case.get("floor" + suffix), by_case.get("lora-step" + suffix)
-        row["over_floor"] = row["seconds"] / least["seconds"] if least else None
-        row["memory_over_lora_step"] = row["peak_bytes"] / step["peak_bytes"] if step else None
     _machine.save(result, args.output)
     if args.output:
         print(table(result))
+    if ours := [case for case in failed if case.startswith(("floor", "loraga", "lora-step"))]:
+        sys.exit(f"failed: {', '.join(ours)}")
 
 
 if __name__ == "__main__":

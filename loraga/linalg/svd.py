@@ -78,7 +78,8 @@ def truncated_svd(
             same bits.
         oversampling (`int`): least number of extra columns.
         iterations (`int`): passes with both gᵀ and g after the first product; each sharpens the separation of the
-            wanted singular values by the square of their ratio to the rest.
+            wanted singular values by the square of their ratio to the rest. A block of min(m, n) columns spans
+            the smaller side and gets at most one, against the condition of a square test matrix.
 
     Returns:
         `Factors`: U (..., m, rank), S (..., rank), Vh (..., rank, n), float32.
@@ -98,7 +99,7 @@ def truncated_svd(
         return Factors(f.U[0], f.S[0], f.Vh[0])
     k = min(in_sixteens(max(2 * rank, rank + oversampling)), m, n)
     with without_autocast(g.device):
-        q, z = _ops.subspace(g, k, iterations, seed)
+        q, z = _ops.subspace(g, k, iterations if k < min(m, n) else min(iterations, 1), seed)
         right = _ops.orthonormalize(z.mT)
         factors, _ = _triplets(q, z @ right, right, rank)
     return factors
