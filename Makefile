@@ -67,10 +67,10 @@ demo: $(READY)
 
 BENCH := bench-output
 bench: $(READY)
-	$(PY) benchmarks/whole_run.py --repeats 1 --output $(BENCH)/whole-run-cpu.json
+	$(PY) benchmarks/whole_run.py --repeats 1 --limit 60 --output $(BENCH)/whole-run-cpu.json
 	$(PY) benchmarks/convergence.py --output $(BENCH)/convergence-cpu.json
 	$(PY) benchmarks/growth.py --output $(BENCH)/growth-cpu.json
-	$(PY) benchmarks/accuracy.py --ranks 8 --output $(BENCH)/accuracy-cpu.json
+	$(PY) benchmarks/accuracy.py --output $(BENCH)/accuracy-cpu.json
 	$(PY) -m pytest -q benchmarks/operations.py --benchmark-json $(BENCH)/operations-cpu.json
 	$(PY) benchmarks/native.py --repeats 3 --output $(BENCH)/native-cpu.json
 

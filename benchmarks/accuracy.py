@@ -3,17 +3,23 @@
     python benchmarks/accuracy.py --output benchmarks/results/accuracy-cpu.json
 
 Real MiniLM weights on docstrings of the standard library (16-way classification; masked tokens) and a briefly trained
-byte-level Llama: layers of the first, a middle and the last block; 1, 4 and 16 micro-batches; adapter ranks 4 and 8.
+byte-level Llama: layers of the first, a middle and the last block; 1, 4 and 16 micro-batches; adapter ranks 4 and 8;
+the 16 micro-batches also dealt out to 2 to 16 ranks, whose sketches are merged.
 Per variant: excess of the LoRA-GA objective over the best possible, and energy lost, mean and worst layer, in percent.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import _bytes
 import _machine
 
-from loraga.estimators import Dense, LayerSpec, Streaming, finish, streaming
+from loraga.estimators import Dense, Estimate, LayerSpec, Streaming, finish, streaming
 from loraga.factors import Factors
 from loraga.quiet import quiet
 from loraga.taps import Taps
@@ -89,13 +95,12 @@ def record(model: nn.Module, batch: Callable[[int], dict], blocks: tuple[int, ..
     return pairs
 
 
-def models() -> dict[str, tuple[nn.Module, Callable[[int], dict], tuple[int, ...]]]:
-    """Model, micro-batch by number, and the blocks that are looked at, by name."""
-    return {
-        "minilm classification": (*minilm("classification"), (0, 2, 5)),
-        "minilm masked tokens": (*minilm("masked tokens"), (0, 2, 5)),
-        "llama bytes": (*llama(), (0, 1, 2)),
-    }
+# what gives the model, its micro-batches by number, and the blocks that are looked at
+MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[int], dict], tuple[int, ...]]]] = {
+    "minilm classification": lambda: (*minilm("classification"), (0, 2, 5)),
+    "minilm masked tokens": lambda: (*minilm("masked tokens"), (0, 2, 5)),
+    "llama bytes": lambda: (*llama(), (0, 1, 2)),
+}
 
 
 def shortfall(g: Tensor, s: Tensor, factors: Factors) -> tuple[float, float]:
@@ -110,23 +115,54 @@ def shortfall(g: Tensor, s: Tensor, factors: Factors) -> tuple[float, float]:
     return float(residual / s[2 * rank :].norm() - 1), 1 - float(held / s[: 2 * rank].square().sum())
 
 
-def variants() -> Iterator[tuple[str, Callable[[LayerSpec, int], Streaming | Dense], Callable[[], None]]]:
-    """Name, estimator and what to set before: width of the sketch and power steps, the default first."""
-    width, steps = streaming.sketch_width, streaming.power_steps
+def estimated(make: Callable[[LayerSpec, int], Streaming | Dense], spec: LayerSpec, stream: Pairs) -> Estimate:
+    estimator = make(spec, len(stream))
+    for x, dy in stream:
+        estimator.update(x, dy)
+    return finish({spec.name: estimator}, {spec.name: 1.0})[spec.name]
 
-    def setting(k: Callable[[int], int], p: Callable[[int | None], int]) -> Callable[[], None]:
-        def apply() -> None:
-            streaming.sketch_width, streaming.power_steps = k, p
 
-        return apply
+def sketched(
+    spec: LayerSpec, stream: Pairs, width: Callable[[int], int] | None = None, steps: int | None = None
+) -> Estimate:
+    """By a sketch of other than its usual `width` for q triplets, with other than the usual number of power `steps`."""
+    before = streaming.sketch_width, streaming.power_steps
+    try:
+        streaming.sketch_width = width or before[0]
+        streaming.power_steps = before[1] if steps is None else lambda micro_batches: steps
+        return estimated(Streaming, spec, stream)
+    finally:
+        streaming.sketch_width, streaming.power_steps = before
 
-    yield "streaming (default)", Streaming, setting(width, steps)
-    yield "streaming, no power step", Streaming, setting(width, lambda n: 0)
-    yield "streaming, one power step each", Streaming, setting(width, lambda n: 1)
-    yield "streaming, k = 2q", Streaming, setting(lambda q: 2 * q, steps)
-    yield "streaming, k = q + 32", Streaming, setting(lambda q: q + 32, steps)
-    yield "dense float32", lambda spec, n: Dense(spec), setting(width, steps)
-    yield "dense bfloat16", lambda spec, n: Dense(spec, torch.bfloat16), setting(width, steps)
+
+def merged(world: int, spec: LayerSpec, stream: Pairs) -> Estimate:
+    """By `world` ranks that share the micro-batches, played in one process: what each asks to be summed is summed."""
+    ranks = []
+    for rank in range(world):
+        share = stream[rank::world]
+        ranks.append(Streaming(spec, len(share)))
+        for x, dy in share:
+            ranks[-1].update(x, dy)
+    for exchange in zip(*(Streaming.merging([rank], 1.0) for rank in ranks), strict=True):
+        total = torch.stack(exchange).sum(dim=0)
+        for part in exchange:
+            part.copy_(total)
+    return finish({spec.name: ranks[0]}, {spec.name: 1.0})[spec.name]
+
+
+VARIANTS: dict[str, Callable[[LayerSpec, Pairs], Estimate]] = {
+    "streaming (default)": partial(estimated, Streaming),
+    "streaming, no power step": partial(sketched, steps=0),
+    "streaming, one power step each": partial(sketched, steps=1),
+    "streaming, k = 2q": partial(sketched, width=lambda q: 2 * q),
+    "streaming, k = q + 32": partial(sketched, width=lambda q: q + 32),
+    "dense float32": partial(estimated, lambda spec, micro_batches: Dense(spec)),
+    "dense bfloat16": partial(estimated, lambda spec, micro_batches: Dense(spec, torch.bfloat16)),
+}
+# with X and dY as a bfloat16 model would have them, and the exact gradient from the same
+HALF = {"streaming, bfloat16 model": partial(estimated, Streaming)}
+# these for the largest number of micro-batches only, which all ranks share
+MERGED = {f"streaming, merged from {world} ranks": partial(merged, world) for world in (2, 4, 8, 16)}
 
 
 def table(result: dict) -> str:
@@ -139,64 +175,69 @@ def table(result: dict) -> str:
         cells = []
         for count in BATCHES:
             rows = [r for r in result["rows"] if r["variant"] == variant and r["micro_batches"] == count]
+            if not rows:
+                cells.append("")
+                continue
             keys = ("objective_excess_mean", "objective_excess_worst", "energy_lost_worst")
             cells.append(" / ".join(f"{max(max(row[key] for row in rows), 0):.2f}" for key in keys))
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def measure(model_name: str) -> list[dict]:
+    """All rows of one model, on one thread: the operations are too small for more."""
+    torch.set_num_threads(1)
+    rows = []
+    pairs = record(*MODELS[model_name]())
+    for count, dtype in itertools.product(BATCHES, (torch.float32, torch.bfloat16)):
+        streams = {name: [(x.to(dtype), dy.to(dtype)) for x, dy in stream[:count]] for name, stream in pairs.items()}
+        exact = {
+            name: torch.stack([dy.double().T @ x.double() for x, dy in stream]).sum(dim=0)
+            for name, stream in streams.items()
+        }
+        values = {name: torch.linalg.svdvals(g) for name, g in exact.items()}
+        variants = HALF if dtype == torch.bfloat16 else VARIANTS | (MERGED if count == max(BATCHES) else {})
+        for rank, (variant, estimate) in itertools.product(RANKS, variants.items()):
+            excess, lost, energy = [], [], []
+            for name, stream in streams.items():
+                g, s = exact[name], values[name]
+                result = estimate(LayerSpec(name, *g.shape, 2 * rank, 7, g.device), stream)
+                more, less = shortfall(g, s, result.factors)
+                excess.append(more)
+                lost.append(less)
+                energy.append(abs(result.energy / float(s.square().sum()) - 1))
+            rows.append(
+                {
+                    "model": model_name,
+                    "micro_batches": count,
+                    "r": rank,
+                    "variant": variant,
+                    "layers": len(excess),
+                    "objective_excess_mean": 100 * statistics.fmean(excess),
+                    "objective_excess_worst": 100 * max(excess),
+                    "energy_lost_mean": 100 * statistics.fmean(lost),
+                    "energy_lost_worst": 100 * max(lost),
+                    "energy_estimate_error_worst": 100 * max(energy),
+                }
+            )
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), help="of the adapter")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--table", type=Path, help="print the table of a result file and do nothing else")
     args = parser.parse_args()
     if args.table:
         print(table(json.loads(args.table.read_text())))
         return
-    rows = []
-    for model_name, (model, batch, blocks) in models().items():
-        pairs = record(model, batch, blocks)
-        for count in BATCHES:
-            exact = {
-                name: sum(
-                    (dy.double().T @ x.double() for x, dy in stream[:count]), torch.zeros((), dtype=torch.float64)
-                )
-                for name, stream in pairs.items()
-            }
-            values = {name: torch.linalg.svdvals(g) for name, g in exact.items()}
-            for rank in args.ranks:
-                for variant, make, prepare in variants():
-                    prepare()
-                    excess, lost, energy = [], [], []
-                    for name, stream in pairs.items():
-                        g, s = exact[name], values[name]
-                        spec = LayerSpec(name, *g.shape, 2 * rank, 7, g.device)
-                        estimator = make(spec, count)
-                        for x, dy in stream[:count]:
-                            estimator.update(x, dy)
-                        result = finish({name: estimator}, {name: 1.0})[name]
-                        more, less = shortfall(g, s, result.factors)
-                        excess.append(more)
-                        lost.append(less)
-                        energy.append(abs(result.energy / float(s.square().sum()) - 1))
-                    rows.append(
-                        {
-                            "model": model_name,
-                            "micro_batches": count,
-                            "r": rank,
-                            "variant": variant,
-                            "layers": len(excess),
-                            "objective_excess_mean": 100 * statistics.fmean(excess),
-                            "objective_excess_worst": 100 * max(excess),
-                            "energy_lost_mean": 100 * statistics.fmean(lost),
-                            "energy_lost_worst": 100 * max(lost),
-                            "energy_estimate_error_worst": 100 * max(energy),
-                        }
-                    )
-                    print(json.dumps(rows[-1]), file=sys.stderr)
-    next(variants())[2]()
-    _machine.save({**_machine.describe(), "unit": "percent", "rows": rows}, args.output)
+    processes = min(len(os.sched_getaffinity(0)), len(MODELS))
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = [row for found in pool.map(measure, MODELS) for row in found]
+    _machine.save({**_machine.describe(), "threads": 1, "unit": "percent", "rows": rows}, args.output)
+    if args.output:
+        print(table({"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -108,9 +108,9 @@ class Streaming:
         left = self._left(x, dy, scale, v, torch.cat((v, self._probes), dim=1))
         q = _basis(left[:, : self._k])
         for _ in range(power_steps(self._micro_batches)):
-            v = _basis(self._right(x, dy, scale, q).mT)
+            v = _basis(self._right(x, dy, scale, q, rounded=True).mT)
             q = _basis(self._left(x, dy, scale, v, v))
-        finite = _ops.commit_(self._q, self._z, self._probed, q, self._right(x, dy, scale, q), left)
+        finite = _ops.commit_(self._q, self._z, self._probed, q, self._right(x, dy, scale, q, rounded=False), left)
         self._empty = False
         return finite
 
@@ -119,10 +119,10 @@ class Streaming:
         onto = None if self._empty else (self._q, self._z @ v)
         return _ops.left_product(x, dy, beside, scale, rounded=True, onto=onto)
 
-    def _right(self, x: Tensor, dy: Tensor, scale: float, q: Tensor) -> Tensor:
+    def _right(self, x: Tensor, dy: Tensor, scale: float, q: Tensor, rounded: bool) -> Tensor:
         """Qᵀ (G_t + Q_old Z_old), the projection of the sum on the range of `q`."""
         onto = None if self._empty else (q.mT @ self._q, self._z)
-        return _ops.right_product(x, dy, q, scale, rounded=True, onto=onto)
+        return _ops.right_product(x, dy, q, scale, rounded=rounded, onto=onto)
 
     @staticmethod
     def merging(group: Sequence[Streaming], scale: float) -> Iterator[Tensor]:
