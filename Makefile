@@ -67,7 +67,7 @@ demo: $(READY)
 
 BENCH := bench-output
 bench: $(READY)
-	$(PY) benchmarks/whole_run.py --repeats 1 --limit 60 --output $(BENCH)/whole-run-cpu.json
+	$(PY) benchmarks/whole_run.py --repeats 1 --limit 45 --output $(BENCH)/whole-run-cpu.json
 	$(PY) benchmarks/convergence.py --output $(BENCH)/convergence-cpu.json
 	$(PY) benchmarks/growth.py --output $(BENCH)/growth-cpu.json
 	$(PY) benchmarks/accuracy.py --output $(BENCH)/accuracy-cpu.json

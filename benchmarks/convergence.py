@@ -59,7 +59,7 @@ class Plan:
 
     steps: int
     batch: int
-    evaluate_at: tuple[int, ...]
+    evaluate_at: tuple[int, ...]  # steps, from 0
     held_out: int  # texts, or windows of source code
     init_batches: int  # of the training batches, for the methods that look at data
     seeds: tuple[int, ...]
@@ -234,11 +234,12 @@ def to_device(batch: Batch, device: str) -> Batch:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Mean loss over the held-out rows."""
+def held_out_loss(model: nn.Module, batches: Sequence[Batch]) -> float | None:
+    """Mean loss over the held-out rows; `None` if it is not finite."""
     model.eval()
     rows = [len(batch["labels"]) for batch in batches]
-    return sum(model(**batch).loss.item() * n for batch, n in zip(batches, rows, strict=True)) / sum(rows)
+    loss = sum(model(**batch).loss.item() * n for batch, n in zip(batches, rows, strict=True)) / sum(rows)
+    return round(loss, DIGITS) if math.isfinite(loss) else None
 
 
 def train(
@@ -251,23 +252,16 @@ def train(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(WARMUP * len(batches)), len(batches))
     losses: list[float | None] = []
-
-    def evaluate(step: int) -> bool:
-        if step in evaluate_at:
-            loss = held_out_loss(model, held_out)
-            losses.append(round(loss, DIGITS) if math.isfinite(loss) else None)
-        return None not in losses
-
-    finite = evaluate(0)
     for step, batch in enumerate(batches, start=1):
-        if not finite:
-            break
         model.train()
         model(**batch).loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        finite = evaluate(step)
+        if step in evaluate_at:
+            losses.append(held_out_loss(model, held_out))
+            if losses[-1] is None:
+                break
     return losses + [None] * (len(evaluate_at) - len(losses))
 
 
@@ -292,11 +286,13 @@ def sweep(
         for seed in plan.seeds
     }
     used = _methods.describe(method, task.adapter, starts[plan.seeds[0]])
+    later = plan.evaluate_at[1:]
+    before = {seed: held_out_loss(starts[seed], held_out) for seed in plan.seeds}  # the same for all rates
     curves: dict[int, list[list[float | None]]] = {}
 
     def run(i: int) -> None:
         curves[i] = [
-            train(copy.deepcopy(starts[seed]), batches[seed], held_out, rate(i), plan.evaluate_at)
+            [before[seed], *train(copy.deepcopy(starts[seed]), batches[seed], held_out, rate(i), later)]
             for seed in plan.seeds
         ]
         print(f"{name}, {method}, {rate(i):.0e}: {report.mean_final(curves[i]):.4f}", file=sys.stderr, flush=True)

@@ -14,7 +14,8 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -73,13 +74,20 @@ class Ranks:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self.size == 1 or error is None or isinstance(error, RankFailed):
             return
-        try:
-            if isinstance(error, RuntimeError):  # perhaps only because another rank left a collective of the forward
+        if isinstance(error, RuntimeError):  # perhaps only because another rank left a collective of the forward
+            try:
                 self.look()
-            said = json.dumps({"rank": self.index, "error": f"{type(error).__name__}: {error}"})
-            self._store.set(self._gate(self._met + 1), said)  # no rank can have passed it
-        except RankFailed as first:
-            raise first from error
+            except RankFailed as first:
+                raise first from error
+            except RuntimeError:
+                pass  # the store is gone, too: this rank's own error is what there is to say
+        self._tell(error)
+
+    def _tell(self, error: BaseException) -> None:
+        """Leave word of `error` where the others will look next; no rank can have passed there."""
+        said = json.dumps({"rank": self.index, "error": f"{type(error).__name__}: {error}"})
+        try:
+            self._store.set(self._gate(self._met + 1), said)
         except RuntimeError:
             log.warning("rank %d could not tell the other ranks of its error", self.index)
 
@@ -156,9 +164,7 @@ class Ranks:
             return [[list(row) for row in numbers]]
         mine = torch.tensor(numbers, dtype=torch.int64, device=_reachable(device))
         tables = [torch.empty_like(mine) for _ in range(self.size)]
-        self.meet()
-        dist.all_gather(tables, mine)
-        self.reduced_bytes += _bytes(mine)
+        self._exchange(mine, lambda: dist.all_gather(tables, mine))
         return [table.tolist() for table in tables]
 
     def sum_(self, value: Tensor) -> None:
@@ -166,9 +172,7 @@ class Ranks:
         if self.size == 1:
             return
         there = value.to(_reachable(value.device))
-        self.meet()
-        dist.all_reduce(there)
-        self.reduced_bytes += _bytes(there)
+        self._exchange(there, lambda: dist.all_reduce(there))
         if there is not value:
             value.copy_(there)
 
@@ -182,11 +186,23 @@ class Ranks:
             return
         for chunk in _chunks(values, _bytes, _EXCHANGE_BYTES):
             flat = torch.cat([value.reshape(-1).to(_reachable(chunk[0].device)) for value in chunk])
-            self.meet()
-            dist.broadcast(flat, src=0)
-            self.reduced_bytes += _bytes(flat)
+            self._exchange(flat, partial(dist.broadcast, flat, src=0))
             for value, part in zip(chunk, flat.split([value.numel() for value in chunk]), strict=True):
                 value.copy_(part.view(value.shape))
+
+    def _exchange(self, payload: Tensor, collective: Callable[[], object]) -> None:
+        """Enter a collective together.
+
+        Raises:
+            RankFailed: a rank was lost in it, as when its process is killed.
+        """
+        self.meet()
+        try:
+            collective()
+        except RuntimeError as error:
+            self._tell(error)
+            raise RankFailed(f"Rank {self.index} lost another rank while they exchanged numbers: {error}") from error
+        self.reduced_bytes += _bytes(payload)
 
     def _gate(self, number: int) -> str:
         return f"gate/{number}"

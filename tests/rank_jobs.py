@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
+import signal
 import time
 import warnings
 from collections import Counter
@@ -555,3 +557,30 @@ def cut_short(rank, world):
     except Exception as error:
         outcome = f"{type(error).__name__}: {error}"
     return {"outcome": outcome, "seconds": time.monotonic() - began}
+
+
+def killed(rank, world, moment):
+    """Rank 1 is killed, and rank 0 left with whom it waits for."""
+    dist.distributed_c10d._get_default_store().set_timeout(datetime.timedelta(seconds=5))
+    model, loader = zoo.MLP(), zoo.mlp_batches(3)
+
+    def die(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class Interrupted(list):
+        def __iter__(self):
+            yield self[0]
+            die()
+
+    if rank == 1 and moment == "between batches":
+        loader = Interrupted(loader)
+    elif rank == 1:
+        dist.all_reduce = die
+    before = zoo.everything_about(model)
+    try:
+        zoo.init(model, loader)
+        outcome = "nothing"
+    except Exception as error:
+        outcome = f"{type(error).__name__}: {error}"
+    zoo.assert_same(before, zoo.everything_about(model))
+    return outcome

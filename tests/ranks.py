@@ -22,7 +22,8 @@ def launch(jobs: dict[str, tuple], directory: Path, limit: float = 400.0) -> dic
     """Run jobs (function, world size, arguments) by name, function(rank, world, *arguments) on each rank.
 
     Returns:
-        what each rank returned, by job and rank; an exception that a job raised is returned as one.
+        what each rank returned, by job and rank; an exception that a job raised is returned as one, and where a rank
+        was killed in a job, the exit code of its process.
     """
     here = str(Path(__file__).parent)
     root = str(Path(__file__).parent.parent)
@@ -44,10 +45,12 @@ def launch(jobs: dict[str, tuple], directory: Path, limit: float = 400.0) -> dic
         for process in ranks:
             if process.is_alive():
                 process.kill()
-    return {
-        name: [torch.load(directory / f"{name}.{rank}", weights_only=False) for rank in range(world)]
-        for name, (_, world, *_) in jobs.items()
-    }
+
+    def result(name: str, rank: int) -> object:
+        file = directory / f"{name}.{rank}"
+        return torch.load(file, weights_only=False) if file.exists() else ranks[rank].exitcode
+
+    return {name: [result(name, rank) for rank in range(world)] for name, (_, world, *_) in jobs.items()}
 
 
 def _work(rank: int, jobs: dict[str, tuple], directory: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import peft
 import pytest
 import rank_jobs as jobs
@@ -218,6 +220,14 @@ def test_a_failure_amid_collectives_of_the_forward_ends_when_that_process_does(f
 
 
 # ---- wrappers and sharding
+
+
+@pytest.mark.parametrize("moment", ["between batches", "amid the merge"])
+def test_a_killed_rank_stops_the_others_in_bounded_time(moment, tmp_path):
+    survivor, dead = ranks.launch({"killed": (jobs.killed, 2, moment)}, tmp_path)["killed"]  # which would not wait on
+    assert dead == -signal.SIGKILL
+    assert survivor.startswith("RankFailed"), survivor
+    assert ("for rank 1" if moment == "between batches" else "lost another rank") in survivor
 
 
 def test_distributed_data_parallel(found):

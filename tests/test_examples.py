@@ -255,3 +255,22 @@ def test_the_quick_demo_from_end_to_end(tmp_path):
     for picture in ("curves.png", "report.png"):
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {f.name for f in (output / "adapter").iterdir()}
+
+
+# --- several processes
+
+
+def test_several_processes_make_one_adapter(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(EXAMPLES / "torchrun.py")],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    digests = dict(re.findall(r"rank (\d): adapter (\w+)", done.stdout))
+    assert digests.keys() == {"0", "1"} and len(set(digests.values())) == 1
+    assert (tmp_path / "torchrun-adapter" / "adapter_model.safetensors").exists()

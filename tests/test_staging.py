@@ -28,11 +28,12 @@ def values(layer: Dense) -> torch.Tensor:
 
 
 def feed(layer: Dense, kind: str, seed: int, scale: float) -> torch.Tensor:
-    """One update: through a pair, as a whole gradient, or either with a NaN."""
+    """One update: through a pair (also of no tokens), as a whole gradient, or either with a NaN."""
     m, n = layer.spec.m, layer.spec.n
     g = torch.Generator().manual_seed(seed)
-    if kind in ("pair", "bad pair"):
-        x, dy = torch.randn(5, n, generator=g), torch.randn(5, m, generator=g)
+    if kind in ("pair", "bad pair", "no tokens"):
+        tokens = 0 if kind == "no tokens" else 5
+        x, dy = torch.randn(tokens, n, generator=g), torch.randn(tokens, m, generator=g)
         if kind == "bad pair":
             dy[3, m - 1] = torch.nan
         return layer.update(x, dy, scale)
@@ -42,7 +43,7 @@ def feed(layer: Dense, kind: str, seed: int, scale: float) -> torch.Tensor:
     return layer.add(gradient, scale)
 
 
-KINDS = ("pair", "gradient", "bad pair", "bad gradient")
+KINDS = ("pair", "no tokens", "gradient", "bad pair", "bad gradient")
 STEPS = st.lists(st.tuples(st.integers(0, len(SHAPES) - 1), st.sampled_from(KINDS)), max_size=12)
 
 

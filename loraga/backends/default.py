@@ -150,9 +150,9 @@ def _all_finite(values: Tensor) -> Tensor:
 
 @implement("accumulate_", _KEY)
 def accumulate_(g: Tensor, x: Tensor, dy: Tensor, scale: float) -> Tensor:
-    finite = torch.isfinite(x).all() & torch.isfinite(dy).all()
-    total = product(dy.t(), x).mul_(scale).add_(g)
-    g.copy_(torch.where(finite, total.to(g.dtype), g))
+    added = _scaled(product(dy.t(), x), scale)
+    finite = _all_finite(added)  # a NaN or Inf in x or dy comes out of the product, and that is smaller than they are
+    torch.where(finite, added.add_(g).to(g.dtype), g, out=g)
     return finite
 
 

@@ -1,0 +1,75 @@
+"""The benchmark scripts: that they run, that their figures are right where that can be told, and that the documents
+show what the committed results hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import tables
+
+BENCHMARKS = tables.ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+
+
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda document: document.parent.name)
+def test_documents_show_the_committed_results(document):
+    text = document.read_text("utf-8")
+    assert "<!-- table:" in text and tables.filled(text) == text
+
+
+def test_tables_are_put_in_their_places_and_nowhere_else():
+    whole = tables.table("whole-run-cpu")
+    assert whole.splitlines()[2].startswith("| floor |")
+    before = "Before.\n\n<!-- table: whole-run-cpu: floor, lora-step -->\nold\n<!-- end -->\n\nAfter.\n"
+    after = tables.filled(before)
+    assert after.startswith("Before.\n\n<!-- table:") and after.endswith("<!-- end -->\n\nAfter.\n")
+    rows = [line for line in after.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| case", "| floor", "| lora-step"] and "old" not in after
+    assert tables.filled(after) == after
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_results_name_commit_machine_and_versions(file):
+    result = json.loads(file.read_text())
+    if "benchmarks" in result:  # pytest-benchmark's own form
+        result = result["benchmarks"][0]["extra_info"]["machine"]
+    assert {"commit", "command", "cpu", "threads", "python", "torch"} <= result.keys()
+    assert not result["commit"].endswith("dirty")
+
+
+def whole_run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    options = ["--shape", "tiny", "--batches", "2", "--rows", "2", "--length", "48", "--rank", "4", "--repeats", "1"]
+    command = [sys.executable, str(BENCHMARKS / "whole_run.py"), *options, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_whole_runs_measure_time_memory_and_objective(tmp_path):
+    cases = ["floor", "loraga", "official-loraga", "lora-step"]
+    file = tmp_path / "result.json"
+    done = whole_run("--check-layers", "0", "--output", str(file), "--cases", *cases)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    rows = {row["case"]: row for row in result["rows"]}
+    assert list(rows) == cases and not result["failed"]
+    assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in rows.values())
+    assert rows["floor"]["over_floor"] == 1 and rows["lora-step"]["memory_over_lora_step"] == 1
+    # small layers are summed exactly; the official procedure has only its own few iterations between it and the truth
+    for case, most in (("loraga", 1e-3), ("official-loraga", 0.05)):
+        found = rows[case]["objective"]
+        assert found["layers"] == 7 and -1e-4 < found["mean_excess"] <= found["worst_excess"] < most
+    assert "objective" not in rows["floor"] | rows["lora-step"]
+    assert all(f"| {case} |" in done.stdout for case in cases)
+
+
+def test_a_peer_that_is_not_done_in_time_is_a_result_and_a_case_of_ours_is_not(tmp_path):
+    done = whole_run("--limit", "0.2", "--cases", "peft-eva", "--output", str(tmp_path / "result.json"))
+    assert done.returncode == 0 and "| peft-eva | stopped after 0.2 s |" in done.stdout
+    done = whole_run("--limit", "0.2", "--cases", "loraga", "--output", str(tmp_path / "result.json"))
+    assert done.returncode == 1 and "failed: loraga" in done.stderr
