@@ -380,7 +380,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3, help="processes per case, in turn; the median is reported")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--check-layers", type=int, nargs="*", default=[0, 11])
+    parser.add_argument("--check-layers", type=int, nargs="*", default=[0, 6, 11])
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="stop a case's process after so long")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--case", choices=(*CASES, OBJECTIVES), help=argparse.SUPPRESS)
