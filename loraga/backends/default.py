@@ -175,6 +175,12 @@ def shifts(m: int, k: int, refine: bool) -> tuple[float, ...]:
     return (1e-15,) if not refine else (1e-15, 0.0) if m >= 1.5 * k else (1e-14, 1e-15, 0.0)
 
 
+@functools.lru_cache(maxsize=8)
+def _cpu_directions(m: int, k: int, by_columns: bool) -> Tensor:
+    """`directions`, kept for the few shapes that come again and again: they cost as much as a Gram matrix."""
+    return directions(m, k, torch.device("cpu"), by_columns)
+
+
 @implement("orthonormalize", _KEY)
 def orthonormalize(y: Tensor, refine: bool) -> Tensor:
     """Column scaling, then CholeskyQR with Gram, factor and product in float64 (docs/numerics.md).
@@ -182,15 +188,20 @@ def orthonormalize(y: Tensor, refine: bool) -> Tensor:
     CholeskyQR2 (Yamamoto et al., 2015) in float32 fails from condition 1e4; a float64 Gram carries it to 1e7. The
     jitter bounds the condition by about its reciprocal, so the first Cholesky always exists; the second pass removes
     what rounding left. A square block can be worse conditioned than the jitter suggests and gets a third pass.
+
+    Columns are scaled where they are few numbers: in the Gram matrix and in the inverse of its factor.
     """
     m, k = y.shape[-2:]
+    by_columns = y.stride(-2) == 1
+    noise = _cpu_directions(m, k, by_columns) if y.is_cpu else directions(m, k, y.device, by_columns)
     # float64: squares neither overflow nor vanish
     norm = torch.linalg.vector_norm(y, dim=-2, keepdim=True, dtype=torch.float64)
     known = norm > 0
-    a = y.double().mul_(torch.where(known, torch.where(known, norm, 1.0).reciprocal(), 0.0))
-    noise = directions(m, k, y.device, by_columns=y.stride(-2) == 1)
-    a += noise * torch.ones_like(norm).masked_fill_(known, JITTER).float()
-    for shift in shifts(m, k, refine):
+    a = y.double().addcmul_(noise.double(), torch.where(known, JITTER * norm, 1.0))
+    unit = torch.where(known, norm, 1.0).reciprocal_()
+    first, *later = shifts(m, k, refine)
+    a = a @ (_ops.cholesky_inverse(a.mT @ a * unit * unit.mT, first) * unit).mT
+    for shift in later:
         a = a @ _ops.cholesky_inverse(a.mT @ a, shift).mT
     return a.float()
 
