@@ -7,6 +7,7 @@
 #include "loraga/error.hpp"
 #include "loraga/gradient.hpp"
 #include "loraga/jacobi.hpp"
+#include "loraga/philox.hpp"
 
 namespace py = pybind11;
 
@@ -99,6 +100,12 @@ PYBIND11_MODULE(_C, m) {
     py::module_ cpu = m.def_submodule("cpu");
     cpu.def("cholesky_inverse", &loraga::cpu::cholesky_inverse, py::arg("problem"),
             py::call_guard<py::gil_scoped_release>());
+    cpu.def(
+        "fill_uniform",
+        [](std::uintptr_t out, std::int64_t count, std::uint64_t seed) {
+            loraga::cpu::fill_uniform(pointer<float>(out), count, seed);
+        },
+        py::arg("out"), py::arg("count"), py::arg("seed"), py::call_guard<py::gil_scoped_release>());
     cpu.def("gradient_add", &loraga::cpu::gradient_add, py::arg("problem"), py::call_guard<py::gil_scoped_release>());
     cpu.def("jacobi_svd_workspace", &loraga::cpu::jacobi_svd_workspace, py::arg("batch"), py::arg("k"));
     cpu.def(

@@ -201,6 +201,25 @@ def cholesky_inverse(gram: torch.Tensor, shift: float = 0.0) -> tuple[torch.Tens
     return inverse, status
 
 
+def fill_uniform(out: torch.Tensor, seed: int) -> None:
+    """Fill `out` with the stream `seed` of uniform numbers, as `loraga._ops.test_matrix_` says.
+
+    Args:
+        out (`torch.Tensor`): float32, contiguous, on the CPU.
+        seed (`int`): key, 64 bits.
+
+    Raises:
+        TypeError: `out` is not a float32 tensor.
+        ValueError: `out` is not contiguous or not on the CPU.
+        RuntimeError: the native core is not available (see `why_unavailable`).
+    """
+    if not isinstance(out, torch.Tensor) or out.dtype != torch.float32:
+        raise TypeError(f"out must be a float32 tensor, not {getattr(out, 'dtype', type(out).__name__)}.")
+    if not out.is_cpu or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and on the CPU, not {tuple(out.stride())} on {out.device}.")
+    _core().cpu.fill_uniform(out.data_ptr(), out.numel(), seed & 0xFFFFFFFFFFFFFFFF)
+
+
 def gradient_add(
     total: torch.Tensor, gradient: torch.Tensor, scale: float = 1.0, finite: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -70,7 +70,7 @@ def test_build_info_says_what_was_built():
     info = _native.build_info()
     assert info["version"] == __version__
     assert re.match(r"(GNU|Clang|AppleClang) \d+", info["cxx_compiler"])
-    assert info["functions"] == "cholesky_inverse gradient_add jacobi_svd"
+    assert info["functions"] == "cholesky_inverse fill_uniform gradient_add jacobi_svd"
     assert bool(info["cuda"]) == bool(info["cuda_compiler"]) == bool(info["cuda_architectures"])
     if info["cuda"]:
         *native, newest = info["cuda_architectures"].split()

@@ -1,7 +1,8 @@
-"""The ops that the native core answers on CUDA devices, with the reference where it cannot.
+"""The ops that the native core answers, with the reference where it cannot.
 
-`small_svd` and `cholesky_inverse` do a whole batch of small matrices in one launch and wait for nothing, where
-`torch.linalg` calls cuSOLVER matrix by matrix or looks at the result on the host.
+On CUDA devices `small_svd` and `cholesky_inverse` do a whole batch of small matrices in one launch and wait for
+nothing, where `torch.linalg` calls cuSOLVER matrix by matrix or looks at the result on the host. On the CPU it answers
+`cholesky_inverse` and `test_matrix_`, for which torch needs some twenty operations and seventy.
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ def gradient_add_(total: Tensor, gradient: Tensor, scale: float, finite: Tensor 
     return added if finite is None else added.clone()
 
 
+if _native.available("cpu"):  # a pure Python install does without
+    implement("cholesky_inverse", "CPU")(cholesky_inverse)
+    implement("test_matrix_", "CPU")(_native.fill_uniform)
 if torch.version.hip is None:  # a ROCm device calls itself cuda, and there is nothing that a user could mend there
     for _op in (small_svd, cholesky_inverse, gradient_add_):
         implement(_op.__name__, "CUDA")(_op)

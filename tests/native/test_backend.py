@@ -75,12 +75,38 @@ def test_the_first_use_says_once_why_the_core_is_missing_and_the_reference_answe
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="ROCm: nothing is registered")
 @pytest.mark.parametrize("op", ["small_svd", "cholesky_inverse", "gradient_add_"])
-def test_registered_for_cuda_and_cpu_keeps_the_reference(op):
+def test_registered_for_cuda(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"loraga::{op}", "CUDA")
-    assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"loraga::{op}", "CPU")
+
+
+@pytest.mark.parametrize("op", ["small_svd", "cholesky_inverse", "gradient_add_", "test_matrix_"])
+def test_registered_for_the_cpu_where_it_wins_there(op):
+    wins = op in ("cholesky_inverse", "test_matrix_") and _native.available()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"loraga::{op}", "CPU") == wins
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU: what is registered for CUDA is called by hand above")
 def test_the_dispatcher_takes_the_native_core():
     core = torch.randn(3, 30, 30, device="cuda")
     assert torch.equal(_ops.small_svd(core)[1], _native.jacobi_svd(core)[1])
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("shape", "seed"), [((7, 5), 0), ((96, 80), 2**63 - 1), ((1, 3), -1), ((0, 4), 1), ((33, 31), 9)]
+)
+def test_the_numbers_of_a_test_matrix_are_the_reference_s_to_the_last_bit(shape, seed):
+    ours, reference = torch.empty(shape), torch.empty(shape)
+    _ops.test_matrix_(ours, seed)
+    default.test_matrix_(reference, seed)
+    assert torch.equal(ours, reference)
+
+
+@needs_native
+def test_what_is_no_matrix_to_fill_is_refused():
+    with pytest.raises(TypeError, match="float32"):
+        _native.fill_uniform(torch.empty(2, 2, dtype=torch.float64), 1)
+    with pytest.raises(ValueError, match="contiguous"):
+        _native.fill_uniform(torch.empty(4, 4).T[1:], 1)
+    with pytest.raises(ValueError, match="CPU"):
+        _native.fill_uniform(torch.empty(2, 2, device="meta"), 1)
