@@ -260,10 +260,20 @@ def test_the_quick_demo_from_end_to_end(tmp_path):
 # --- several processes
 
 
-def test_several_processes_make_one_adapter(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    # without a GPU, too, this is the option that has accelerate start more than one process
+    "accelerate launch": (
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+    ),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_several_processes_make_one_adapter(launcher, tmp_path):
     done = subprocess.run(
-        [*command, str(EXAMPLES / "torchrun.py")],
+        [sys.executable, "-m", *LAUNCHERS[launcher], str(EXAMPLES / "torchrun.py")],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
