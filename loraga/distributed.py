@@ -194,14 +194,16 @@ class Ranks:
         """Enter a collective together.
 
         Raises:
-            RankFailed: a rank was lost in it, as when its process is killed.
+            RankFailed: it broke off, as it does when a rank's process is killed.
         """
         self.meet()
         try:
             collective()
         except RuntimeError as error:
             self._tell(error)
-            raise RankFailed(f"Rank {self.index} lost another rank while they exchanged numbers: {error}") from error
+            raise RankFailed(
+                f"Rank {self.index} could not exchange numbers with the other ranks; one of them may be gone: {error}"
+            ) from error
         self.reduced_bytes += _bytes(payload)
 
     def _gate(self, number: int) -> str:
