@@ -1,5 +1,5 @@
-// The uniform numbers of the host, without Python, to be built with sanitizers: buffers of exactly the documented sizes,
-// the known answer of Philox4x32-10 at counter 0 under key 0 (Random123's kat_vectors), and independence of the length.
+// The uniform numbers of the host, without Python, to be built with sanitizers: buffers of exactly the documented
+// sizes, the known answer of Philox4x32-10 at counter 0 under key 0 (Random123's kat_vectors), and independence of the length.
 // Exits with the number that are wrong.
 #include <cstdint>
 #include <cstdio>
@@ -18,7 +18,7 @@ int main() {
             loraga::cpu::fill_uniform(longer.get(), count + 3, seed);
             for (std::int64_t i = 0; i < count; ++i) {
                 bool right = out[i] == longer[i] && out[i] >= -1.0f && out[i] < 1.0f;
-                if (seed == 0 && i < 4) right = right && out[i] == static_cast<float>(kKnown[i] >> 8) / 8388608.0f - 1.0f;
+                if (seed == 0 && i < 4) right &= out[i] == static_cast<float>(kKnown[i] >> 8) / 8388608.0f - 1.0f;
                 if (!right) std::printf("number %lld of %lld under %llu: %g\n", static_cast<long long>(i),
                                         static_cast<long long>(count), static_cast<unsigned long long>(seed), out[i]);
                 wrong += !right;
