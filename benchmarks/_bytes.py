@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+import _llama
 import torch
 from torch import Tensor, nn
 
@@ -36,20 +37,10 @@ def draw(text: Tensor, rows: int, length: int, seed: int) -> dict[str, Tensor]:
 
 def build(width: int, inner: int, layers: int, heads: int, kv_heads: int, *, seed: int) -> nn.Module:
     """A Llama over bytes with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=width,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            use_cache=False,
-        )
-    )
+    return LlamaForCausalLM(_llama.config(width, inner, layers, heads, kv_heads, VOCABULARY))
 
 
 def pretrain(model: nn.Module, batch: Callable[[int], dict[str, Tensor]], steps: int, rate: float = 1e-3) -> float:

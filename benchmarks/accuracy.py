@@ -21,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,11 +116,16 @@ def shortfall(g: Tensor, s: Tensor, factors: Factors) -> tuple[float, float]:
     return float(residual / s[2 * rank :].norm() - 1), 1 - float(held / s[: 2 * rank].square().sum())
 
 
-def estimated(make: Callable[[LayerSpec, int], Streaming | Dense], spec: LayerSpec, stream: Pairs) -> Estimate:
+def fed(make: Callable[[LayerSpec, int], Any], spec: LayerSpec, stream: Pairs) -> Any:
+    """An estimator that has taken in all of `stream`."""
     estimator = make(spec, len(stream))
     for x, dy in stream:
         estimator.update(x, dy)
-    return finish({spec.name: estimator}, {spec.name: 1.0})[spec.name]
+    return estimator
+
+
+def estimated(make: Callable[[LayerSpec, int], Streaming | Dense], spec: LayerSpec, stream: Pairs) -> Estimate:
+    return finish({spec.name: fed(make, spec, stream)}, {spec.name: 1.0})[spec.name]
 
 
 def sketched(
@@ -137,12 +143,7 @@ def sketched(
 
 def merged(world: int, spec: LayerSpec, stream: Pairs) -> Estimate:
     """By `world` ranks that share the micro-batches, played in one process: what each asks to be summed is summed."""
-    ranks = []
-    for rank in range(world):
-        share = stream[rank::world]
-        ranks.append(Streaming(spec, len(share)))
-        for x, dy in share:
-            ranks[-1].update(x, dy)
+    ranks = [fed(Streaming, spec, stream[rank::world]) for rank in range(world)]
     for exchange in zip(*(Streaming.merging([rank], 1.0) for rank in ranks), strict=True):
         total = torch.stack(exchange).sum(dim=0)
         for part in exchange:

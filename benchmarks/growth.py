@@ -24,10 +24,11 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import _llama
 import _machine
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from whole_run import PeakMemory, batches
 
 import loraga
@@ -82,19 +83,6 @@ OTHERS = [
 ]
 
 
-def llama_config(shape: tuple[int, int, int, int, int, int]):
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = shape
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        use_cache=False,
-    )
-
-
 def lora_config(rank: int):
     return LoraConfig(r=rank, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -116,12 +104,12 @@ def measure(point: Point) -> dict:
     """Seconds and peak bytes of one point, in this process."""
     warnings.simplefilter("ignore")
     run = {"initialisation": initialise, "training": train}[point.case]
-    small = LlamaForCausalLM(llama_config((256, 512, 2, 4, 2, VOCABULARY)))
+    small = LlamaForCausalLM(_llama.config(256, 512, 2, 4, 2, VOCABULARY))
     data = batches(small, point.micro_batches, point.rows, point.length)
     run(small, [{key: value[:, :64] for key, value in batch.items()} for batch in data[:2]], 8)
     del small
     with PeakMemory("cpu") as memory:
-        model = LlamaForCausalLM(llama_config(point.shape))
+        model = LlamaForCausalLM(_llama.config(*point.shape))
         if point.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         began = time.perf_counter()
@@ -132,7 +120,7 @@ def measure(point: Point) -> dict:
 
 def predict(point: Point) -> dict:
     """The peak that `loraga plan` foretells."""
-    model = without_weights(llama_config(point.shape), "AutoModelForCausalLM", torch.float32)
+    model = without_weights(_llama.config(*point.shape), "AutoModelForCausalLM", torch.float32)
     planned = plan(
         model, lora_config(point.rank), rows=point.rows, length=point.length, micro_batches=point.micro_batches
     )

@@ -105,6 +105,12 @@ def lost(g: Tensor, u: Tensor, vh: Tensor, q: int) -> float:
     return float(1 - core.square().sum() / best)
 
 
+def peer_svd(g: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U and Vh by `svd_lowrank` as PEFT and the official code call it: q = 4r, 4 iterations."""
+    u, _, v = torch.svd_lowrank(g.float(), q=min(4 * rank, *g.shape), niter=4)
+    return u, v.mT
+
+
 def total(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     return sum((dy.float().mT @ x.float() for x, dy in pairs[1:]), pairs[0][1].float().mT @ pairs[0][0].float())
 
@@ -190,7 +196,7 @@ def test_orthonormalize(timed, model, m, n, rank, way):
 @pytest.mark.parametrize("way", ["loraga", "torch.svd_lowrank", "torch.linalg.svd"])
 @pytest.mark.parametrize(("model", "m", "n", "rank"), rows())
 def test_truncated_svd(timed, model, m, n, rank, way):
-    """2r triplets; `svd_lowrank` as PEFT and the official code call it: q = 4r, 4 iterations."""
+    """2r triplets."""
     if way == "torch.linalg.svd" and m * n > 2**22:
         pytest.skip("the full SVD of a layer of this size takes minutes")
     g = total(stream(m, n)).to(torch.bfloat16)
@@ -200,8 +206,7 @@ def test_truncated_svd(timed, model, m, n, rank, way):
             factors = truncated_svd(g, 2 * rank)
             return factors.U, factors.Vh
         if way == "torch.svd_lowrank":
-            u, _, v = torch.svd_lowrank(g.float(), q=min(4 * rank, m, n), niter=4)
-            return u, v.mT
+            return peer_svd(g, rank)
         u, _, vh = torch.linalg.svd(g.float(), full_matrices=False)
         return u, vh
 
@@ -262,8 +267,7 @@ def test_whole_layer(timed, model, m, n, rank, way):
         g = pairs[0][1].mT @ pairs[0][0]
         for x, dy in pairs[1:]:
             g += dy.mT @ x
-        u, _, v = torch.svd_lowrank(g.float(), q=min(4 * rank, m, n), niter=4)
-        return u, v.mT
+        return peer_svd(g, rank)
 
     timed(
         run,

@@ -27,6 +27,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import _llama
 import _machine
 import torch
 from safetensors.torch import load_file, save_file
@@ -43,24 +44,14 @@ CHECKPOINTED = "-checkpointed"
 
 def build(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A Llama of random weights, the same in every process, made on `device`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        use_cache=False,
-    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return LlamaForCausalLM(config)
+            return LlamaForCausalLM(_llama.config(*SHAPES[shape]))
     finally:
         torch.set_default_dtype(before)
 

@@ -31,6 +31,7 @@ from loraga import InitConfig, distributed
 from loraga.backends import default
 
 RANK = 2 * zoo.R
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -194,21 +195,25 @@ def every_kind(rank, world, offset):
     }
 
 
-def every_kind_sharded(rank, world):
-    """The same where fully_shard comes after, and before."""
-    loader = kinds.batches(4)[rank::world]
-    gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    model = _start_of_every_kind(kinds.build(), loader, kinds.config())
-    saved = {name: value.clone() for name, value in model.state_dict().items()}
-    fully_shard(model)
-    state = get_model_state_dict(model, options=gathered)
+def loaded_back(model):
+    """The whole state after what trains was set to zero and each rank's own part of the adapter loaded again."""
     parts = {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.zero_()
     model.load_state_dict(parts, strict=False)
-    again = get_model_state_dict(model, options=gathered)
+    return get_model_state_dict(model, options=GATHERED)
+
+
+def every_kind_sharded(rank, world):
+    """The same where fully_shard comes after, and before."""
+    loader = kinds.batches(4)[rank::world]
+    model = _start_of_every_kind(kinds.build(), loader, kinds.config())
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    fully_shard(model)
+    state = get_model_state_dict(model, options=GATHERED)
+    again = loaded_back(model)
     kept = [rank > 0 or all(torch.equal(saved[n], found[n]) for n in saved) for found in (state, again)]
 
     model = get_peft_model(kinds.build(), kinds.config())
@@ -432,20 +437,13 @@ def sharded(rank, world, offset, order, folder):
             model(**loader[0])  # leaves what the outermost module holds gathered
         loraga.fast_init(model, loader[rank::world], show_progress_bar=False, **options)
     kinds = Counter(type(p).__name__ for p in model.parameters())
-    gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=gathered)
+    state = get_model_state_dict(model, options=GATHERED)
     if rank == 0:
         model.save_pretrained(Path(folder) / f"{offset}-{order}", state_dict=state, save_embedding_layers=False)
     losses = train(model, loader, 3)
-    state = get_model_state_dict(model, options=gathered)
+    state = get_model_state_dict(model, options=GATHERED)
     # what was saved goes in again
-    parts = {n: v.clone() for n, v in model.state_dict().items() if "lora_" in n}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.zero_()
-    model.load_state_dict(parts, strict=False)
-    again = get_model_state_dict(model, options=gathered)
+    again = loaded_back(model)
     back = rank > 0 or all(torch.equal(state[name], again[name]) for name in state)
     full = state if rank == 0 else {}
     set_model_state_dict(

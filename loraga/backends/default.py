@@ -134,7 +134,7 @@ def _scaled(product: Tensor, scale: float) -> Tensor:
 
 @implement("commit_", _KEY)
 def commit_(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
-    finite = _all_finite(left) & _all_finite(new_z)
+    finite = all_finite(left) & all_finite(new_z)
     # in place, so that the memory of the state is taken once
     torch.where(finite, new_q, q, out=q)
     torch.where(finite, new_z, z, out=z)
@@ -142,8 +142,10 @@ def commit_(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, 
     return finite
 
 
-def _all_finite(values: Tensor) -> Tensor:
+def all_finite(values: Tensor) -> Tensor:
     """0-dim bool; one pass over `values`, no temporary of their size."""
+    if values.numel() == 0:  # an expert that no token came to
+        return torch.ones((), dtype=torch.bool, device=values.device)
     low, high = torch.aminmax(values)
     return torch.isfinite(low) & torch.isfinite(high)
 
@@ -151,7 +153,7 @@ def _all_finite(values: Tensor) -> Tensor:
 @implement("accumulate_", _KEY)
 def accumulate_(g: Tensor, x: Tensor, dy: Tensor, scale: float) -> Tensor:
     added = _scaled(product(dy.t(), x), scale)
-    finite = _all_finite(added)  # a NaN or Inf in x or dy comes out of the product, and that is smaller than they are
+    finite = all_finite(added)  # a NaN or Inf in x or dy comes out of the product, and that is smaller than they are
     torch.where(finite, added.add_(g).to(g.dtype), g, out=g)
     return finite
 

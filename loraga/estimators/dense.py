@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loraga import _ops
+from loraga.backends.default import all_finite
 from loraga.estimators.base import LayerSpec, stacked
 from loraga.estimators.staging import StagingRing
 from loraga.factors import Factors
@@ -58,7 +59,7 @@ class Dense:
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         if self._ring is None:
             return _ops.accumulate_(self._g, x, dy, scale)
-        finite = _finite(x) & _finite(dy)
+        finite = all_finite(x) & all_finite(dy)
         dy = torch.where(finite, dy, torch.nan)  # either every block of rows takes its part in or none does
         self._ring.update(self._host, lambda g, rows: _ops.accumulate_(g, x, dy[:, rows], scale), keep=(x, dy))
         return finite
@@ -72,7 +73,7 @@ class Dense:
             gradient = gradient.float()
         if self._ring is None:
             return _ops.gradient_add_(self._g, gradient, scale)
-        finite = _finite(gradient)
+        finite = all_finite(gradient)
         self._ring.update(
             self._host,
             lambda g, rows: _ops.gradient_add_(g, gradient[rows], scale, finite),
@@ -112,14 +113,6 @@ class Dense:
         factors = truncated_svd(g, spec.rank, seed=[estimator.spec.seed for estimator in group])
         # never below the factors' own energy, by the same sums
         return factors, torch.maximum(_energy(g, factors.S[:, 0]), factors.S.double().square().sum(-1))
-
-
-def _finite(values: Tensor) -> Tensor:
-    """0-dim bool; no temporary of the size of `values`."""
-    if values.numel() == 0:  # an expert that no token came to
-        return torch.ones((), dtype=torch.bool, device=values.device)
-    low, high = torch.aminmax(values)  # NaN goes through
-    return torch.isfinite(low) & torch.isfinite(high)
 
 
 def _energy(g: Tensor, largest: Tensor) -> Tensor:
