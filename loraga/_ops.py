@@ -120,7 +120,8 @@ def left_product(
 
     `onto` is (Q (m, i), Z V (i, k')) float32; k' may be less than k, and the columns beyond get nothing from it.
     Operands go into the products with x and dy in the dtype of x (v and X V are rounded to it); sums are float32.
-    With `rounded`, float32 operands may go in with as few as 8 bits, where the device multiplies those faster.
+    With `rounded`, operands and the product (not what it is added to) may be rounded to as few as 8 bits, where the
+    device multiplies those faster: for the search for directions, which takes no harm from it (docs/numerics.md).
     """
     q, zv = onto or (None, None)
     _check_left(x, dy, v, q, zv)

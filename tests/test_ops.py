@@ -164,26 +164,31 @@ def test_products_against_float64(tokens, n, m, dtype):
         assert (ours.double() - truth).norm() <= 1.5 * bound
 
 
-def test_rounded_products_round_operands_only_and_leave_the_setting_alone():
-    """As good as bfloat16 operands with float32 sums; what is added stays float32; bfloat16 operands lose nothing."""
-    setting = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
-    x, dy = pair(700, 96, 80, torch.float32)
-    v, q, zv = torch.randn(96, 24), torch.randn(80, 24), 1e4 * torch.randn(24, 24)
-    exact = dy.double().T @ (x.double() @ v.double()) + q.double() @ zv.double()
-    ours = _ops.left_product(x, dy, v, rounded=True, onto=(q, zv)).double()
-    product = exact - q.double() @ zv.double()
-    assert (ours - exact).norm() <= 2.0**-8 * product.norm() + 1e-6 * exact.norm()
-    halves = x.bfloat16(), dy.bfloat16()
-    widened = halves[1].double().T @ (halves[0].double() @ v.bfloat16().double()).bfloat16().double()
-    assert (_ops.left_product(*halves, v).double() - widened).norm() <= 2.0**-9 * widened.norm()
-    assert getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) == setting
-
-
-def test_a_product_that_fails_leaves_the_setting_alone():
-    setting = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
-    with pytest.raises(RuntimeError):
-        torch.ops.loraga.right_product(torch.randn(5, 3), torch.randn(5, 4), torch.randn(7, 2), 1.0, True, None, None)
-    assert getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) == setting
+@pytest.mark.parametrize("units", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_products_are_as_good_as_bfloat16(monkeypatch, units, dtype):
+    """On a CPU with bfloat16 units and on one without: what the product is added to keeps its digits."""
+    monkeypatch.setattr(default, "_has_units", lambda: units)
+    x, dy = pair(700, 96, 80, dtype)
+    v, q, zv, w, c, z = (torch.randn(*shape) for shape in ((96, 24), (80, 24), (24, 24), (80, 24), (24, 24), (24, 96)))
+    gradient = dy.double().T @ x.double()
+    for ours, product, onto in (
+        (
+            _ops.left_product(x, dy, v, 0.5, rounded=True, onto=(q, 1e6 * zv)),
+            0.5 * gradient @ v.double(),
+            1e6 * q.double() @ zv.double(),
+        ),
+        (
+            _ops.right_product(x, dy, w, 0.5, rounded=True, onto=(c, 1e6 * z)),
+            0.5 * w.double().T @ gradient,
+            1e6 * c.double() @ z.double(),
+        ),
+    ):
+        error = (ours.double() - product - onto).norm()
+        assert ours.dtype == torch.float32
+        assert error <= 2.0**-7 * product.norm() + 1e-7 * onto.norm()
+        if dtype == torch.float32 and not units:
+            assert error <= 1e-6 * product.norm() + 1e-7 * onto.norm()
 
 
 @pytest.mark.parametrize(("tokens", "n", "m"), SHAPES)
