@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loraga.estimators import Estimator
+from loraga.precision import own_precision
 
 log = logging.getLogger("loraga")
 T = TypeVar("T")
@@ -275,8 +276,9 @@ def merge(ranks: Ranks, estimators: Mapping[str, Estimator], scale: float) -> No
     limit = min(_EXCHANGE_BYTES, largest)  # so no exchange is larger than the largest layer's gradient would be
     for group in alike.values():
         for chunk in _chunks(group, lambda estimator: estimator.exchange_bytes, limit):
-            for value in type(chunk[0]).merging(chunk, scale):
-                ranks.sum_(value)
+            with own_precision(chunk[0].spec.device):
+                for value in type(chunk[0]).merging(chunk, scale):
+                    ranks.sum_(value)
 
 
 def _chunks(values: Iterable[T], size_of: Any, limit: int) -> Iterator[list[T]]:

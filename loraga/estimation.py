@@ -244,7 +244,7 @@ def _of_first_rank(estimates: dict[str, Estimate], ranks: Ranks) -> dict[str, Es
         return estimates
     tensors = [t for e in estimates.values() for t in (e.factors.U, e.factors.S, e.factors.Vh)]
     ranks.from_first_(tensors)
-    energies = torch.tensor([e.energy for e in estimates.values()], dtype=torch.float64)
+    energies = torch.tensor([e.energy for e in estimates.values()], dtype=torch.float64, device=tensors[0].device)
     ranks.from_first_([energies])
     return {
         name: Estimate(estimate.factors, energy)
@@ -304,9 +304,14 @@ class _Collector:
         key = self._next_call(name)
         if key is None:
             return
-        if name not in self.estimators:
+        if name not in self.estimators or self._elsewhere(name, dy.device):
             self.estimators[name] = self._estimator(name, dy.shape[1], x.shape[1], dy.device)
         self._flags[key] = self.estimators[name].update(x, dy, self._weight)
+
+    def _elsewhere(self, name: str, device: torch.device) -> bool:
+        """Was the estimator made beside a weight that is computed with on another `device` (FSDP2's CPU offload)?"""
+        unused = self.updates[name] == 0 and self._calls[name] == 1
+        return unused and self.estimators[name].spec.device != device
 
     def take(self, name: str, gradient: Tensor) -> None:
         """A whole gradient, as `GradientSink` hands it over."""

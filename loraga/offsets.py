@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from loraga.halves import AnchoredDict, HalvedDict, ShiftedDict, join, split, why_not, why_not_shifted
+from loraga.precision import own_precision
 from loraga.sharding import filled, gathered
 from loraga.sink import WholeWeight
 
@@ -407,7 +408,7 @@ def shift_base(slot: AdapterSlot, sign: int) -> None:
 def _shift(slot: AdapterSlot, A: torch.Tensor, B: torch.Tensor, sign: int) -> None:
     weight = slot.weight
     wide = torch.promote_types(weight.dtype, torch.float32)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.no_grad(), own_precision(weight.device):
         stored = (weight.T if slot.transposed else weight,) if slot.whole is None else slot.whole.matrices(weight)
         for matrix, (a, b) in zip(stored, slot.matrices(A, B), strict=True):
             delta = (sign * slot.scaling) * (b.to(weight.device, wide) @ a.to(weight.device, wide))

@@ -55,8 +55,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
     what makes the code path work: modules that checkpoint activations only while training (transformers), recurrent
     layers, whose cuDNN backward exists only in training mode, and layers of bitsandbytes. On those the dropout rates
     are zero instead. torch's own transformer layers keep to their ordinary path: in eval mode with nothing to train
-    they would take one for inference, which calls no layer or passes nested tensors. Gradients are enabled also where
-    the caller had disabled them. Modes, `requires_grad` and rates are as before afterwards, whatever happens inside.
+    they would take one for inference, which calls no layer or passes nested tensors. What torch.compile made runs as
+    it was written. Gradients are enabled also where the caller had disabled them. Modes, `requires_grad` and rates are
+    as before afterwards, whatever happens inside.
     """
     with ExitStack() as undo:
         checkpointing = False
@@ -81,6 +82,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
+        # what `module.compile()` made knows no hooks, and would be compiled anew around each of them
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraga.precision import without_autocast
+from loraga.precision import own_precision
 from loraga.sink import WholeWeight
 
 Sink = Callable[[str, Tensor, Tensor], None]
@@ -38,7 +38,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         (x,) = ctx.saved_tensors
-        with torch.no_grad(), without_autocast(dy.device):
+        with torch.no_grad(), own_precision(dy.device):
             # reentrant checkpointing runs backward inside backward: the outer one is what the caller asked for
             ctx.taps.enter_backward(ctx.within if ctx.within >= 0 else torch._C._current_graph_task_id())
             ctx.taps.sink(ctx.name, *_matrices(x, dy))

@@ -116,6 +116,18 @@ class Routed(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels)}
 
 
+def autocast(rank, world):
+    """The whole call inside autocast: what it merges and finishes with is float32 all the same."""
+    generator = torch.Generator().manual_seed(5)
+    loader = [
+        {"x": torch.randn(64, 300, generator=generator), "expert": 0, "labels": torch.arange(64) % 20} for _ in range(2)
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        factors = estimate(Routed(), loader[rank::world])
+    eye = torch.eye(RANK)
+    return [float((basis @ basis.T - eye).abs().max()) for f in factors.values() for basis in (f.U.T, f.Vh)]
+
+
 def routed(rank, world, estimator):
     """Rank 0 uses expert 0, all others use expert 1."""
     generator = torch.Generator().manual_seed(5)

@@ -45,6 +45,7 @@ def found(tmp_path_factory):
         "routed streaming": (jobs.routed, 4, "streaming"),
         "routed dense": (jobs.routed, 2, "dense"),
         "half": (jobs.half, 2),
+        "autocast": (jobs.autocast, 2),
         "not linear streaming": (jobs.not_linear, 2, "streaming"),
         "not linear dense": (jobs.not_linear, 2, "dense"),
         **{f"every kind {o} {n}": (jobs.every_kind, n, o) for o in ("anchor", "subtract") for n in (1, 2)},
@@ -118,6 +119,11 @@ def test_uneven_shares_and_a_poisoned_batch(found):
         assert each["layers"] == {(8, 1)}
     # said once in each of the two calls, by rank 0
     assert [each["warnings"] for each in found["uneven"]] == [2, 0, 0, 0]
+
+
+def test_merging_inside_autocast(found):
+    for each in found["autocast"]:
+        assert len(each) == 4 and max(each) <= 1e-5
 
 
 @pytest.mark.parametrize("estimator", ["streaming", "dense"])

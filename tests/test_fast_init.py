@@ -31,6 +31,8 @@ from zoo import (
 
 import loraga
 from loraga import InitConfig
+from loraga.estimation import _Collector
+from loraga.estimators import finish
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -357,6 +359,50 @@ def test_called_inside_autocast(estimator):
         assert torch.allclose(f.U.T @ f.U, torch.eye(8), atol=1e-5)
     with torch.no_grad():
         assert (peft_model(**loader[0]).logits - expected).abs().max() <= 2e-5 * expected.abs().max().clamp_min(1.0)
+
+
+def test_blocks_compiled_in_place_run_as_written():
+    """Hooks that come later are not in what was compiled; it is used again afterwards."""
+    calls = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            calls.append(graph)
+            return graph(*args)
+
+        return run
+
+    model, loader = build("llama"), batches("llama")
+    plain = loraga.estimate_factors(model, loader, rank=4)
+    for block in model.model.layers:
+        block.compile(backend=backend)
+    for expected in (2, 2):
+        calls.clear()
+        with torch.no_grad():
+            model(**loader[0])
+        assert len(calls) == expected
+        calls.clear()
+        factors = loraga.estimate_factors(model, loader, rank=4)
+        assert not calls
+        assert all(torch.equal(factors[name].S, f.S) for name, f in plain.items())
+
+
+def test_a_layer_computed_with_elsewhere_than_its_weight_lies():
+    """As under FSDP2's CPU offload: the sketch is made anew where the gradient comes, as long as it is empty."""
+    cpu, elsewhere = torch.device("cpu"), torch.device("meta")
+    collector = _Collector({"up": 8}, InitConfig(), 2, False, 0, cpu)
+    collector.prepare({"up": nn.Linear(220, 300)}, {})
+    collector._devices["up"] = elsewhere
+    collector.make("up", 300, 220)
+    pairs = [(torch.randn(40, 220), torch.randn(40, 300)) for _ in range(2)]
+    for x, dy in pairs:
+        collector.sink("up", x, dy)
+        collector.next_micro_batch()
+    assert collector.estimators["up"].spec.device == cpu
+    assert (collector.updates["up"], int(collector.skipped["up"])) == (2, 0)
+    factors = finish(collector.estimators, {"up": 2.0})["up"].factors
+    gradient = sum(dy.T @ x for x, dy in pairs) / 2
+    assert float(factors.S[0]) == pytest.approx(float(torch.linalg.svdvals(gradient)[0]), rel=1e-2)
 
 
 def test_called_in_inference_mode():

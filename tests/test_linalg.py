@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraga.backends import default
 from loraga.linalg import fix_signs, seed_of, test_matrix, truncated_svd
 from loraga.linalg.svd import factorize
 
@@ -158,6 +159,27 @@ def test_exact_low_rank_is_recovered(m, n, rank, seed):
 def test_rank_out_of_range(rank):
     with pytest.raises(ValueError, match=r"between 1 and min\(m, n\) = 7"):
         truncated_svd(torch.randn(9, 7), rank)
+
+
+@pytest.mark.parametrize("k", [3, 40, 90])
+@pytest.mark.parametrize("spectrum", ["flat", "falling", "steep", "rank two", "zero"])
+def test_svd_of_a_core_by_eigenvalues(k, spectrum):
+    """What a GPU does with cores that the native core is too small for."""
+    index = torch.arange(k, dtype=torch.float64)
+    values = {
+        "flat": torch.ones(k).double(),
+        "falling": 1 / (1 + index),
+        "steep": 10.0 ** (-12 * index / k),
+        "rank two": (index < 2).double(),
+        "zero": torch.zeros(k).double(),
+    }[spectrum]
+    left, right = (torch.linalg.qr(torch.randn(k, k, dtype=torch.float64)).Q for _ in range(2))
+    core = torch.stack(((left * values) @ right, (right * values) @ left))
+    u, s, vh = default._svd_by_eigenvalues(core)
+    assert ((u * s[:, None]) @ vh - core).abs().max() <= 1e-5
+    assert (s - torch.linalg.svdvals(core)).abs().max() <= 1e-8 and (s.diff() <= 0).all()
+    for basis in (u, vh):
+        assert (basis.mT @ basis - torch.eye(k, dtype=torch.float64)).abs().max() <= 2e-5
 
 
 def test_factorize_works_from_any_columns():

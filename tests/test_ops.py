@@ -168,7 +168,7 @@ def test_products_against_float64(tokens, n, m, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounded_products_are_as_good_as_bfloat16(monkeypatch, units, dtype):
     """On a CPU with bfloat16 units and on one without: what the product is added to keeps its digits."""
-    monkeypatch.setattr(default, "_has_units", lambda: units)
+    monkeypatch.setattr(default, "has_bfloat16_units", lambda device: units)
     x, dy = pair(700, 96, 80, dtype)
     v, q, zv, w, c, z = (torch.randn(*shape) for shape in ((96, 24), (80, 24), (24, 24), (80, 24), (24, 24), (24, 96)))
     gradient = dy.double().T @ x.double()

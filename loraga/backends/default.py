@@ -66,11 +66,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @functools.cache
-def _has_units() -> bool:
-    """Does this CPU multiply bfloat16 faster than float32 (AVX512-BF16, AMX)?"""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+def has_bfloat16_units(device: torch.device) -> bool:
+    """Does `device` multiply bfloat16 faster than float32 (CPUs with AVX512-BF16 or AMX, GPUs from sm_80 on)?"""
+    if device.type == "cpu":
+        kinds = ("avx512_bf16", "amx_tile") if torch.backends.mkldnn.is_available() else ()
+        return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in kinds)
+    return device.type == "meta" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 # Rows of x or dy that go into a sum over tokens at a time on a CPU: a wide block of them then stays in cache.
@@ -90,11 +91,12 @@ def folded(p: Tensor, x: Tensor) -> Tensor:
 
 def _thin(a: Tensor, w: Tensor, b: Tensor, scale: float, rounded: bool) -> Tensor:
     """scale · (a w)ᵀ b for a (T, i), w (i, k), b (T, j), with w and a w in the dtype of a."""
-    if rounded and a.is_cpu and _has_units():
-        out = ((a.bfloat16() @ w.bfloat16()).t() @ b.bfloat16()).float()
-    else:
-        out = folded(product(a, w.to(a.dtype)).to(a.dtype), b)
-    return _scaled(out, scale)
+    if rounded and has_bfloat16_units(a.device):
+        if a.is_cpu:  # no float32 results there
+            return _scaled(((a.bfloat16() @ w.bfloat16()).t() @ b.bfloat16()).float(), scale)
+        if a.dtype == torch.float32:
+            a, b = a.bfloat16(), b.bfloat16()
+    return _scaled(folded(product(a, w.to(a.dtype)).to(a.dtype), b), scale)
 
 
 @implement("left_product", _KEY)
@@ -165,10 +167,17 @@ def shifts(m: int, k: int, refine: bool) -> tuple[float, ...]:
     return (1e-15,) if not refine else (1e-15, 0.0) if m >= 1.5 * k else (1e-14, 1e-15, 0.0)
 
 
+# Directions of no more than so many numbers are kept.
+_KEPT_NUMBERS = 2**20
+
+
 @functools.lru_cache(maxsize=8)
-def _cpu_directions(m: int, k: int, by_columns: bool) -> Tensor:
-    """`directions`, kept for the few shapes that come again and again: they cost as much as a Gram matrix."""
-    return directions(m, k, torch.device("cpu"), by_columns)
+def _kept_directions(m: int, k: int, device: torch.device, by_columns: bool) -> Tensor:
+    """`directions`, kept for the few shapes that come again and again.
+
+    On a CPU they cost as much as a Gram matrix, on a GPU ten launches.
+    """
+    return directions(m, k, device, by_columns)
 
 
 @implement("orthonormalize", _KEY)
@@ -183,7 +192,8 @@ def orthonormalize(y: Tensor, refine: bool) -> Tensor:
     """
     m, k = y.shape[-2:]
     by_columns = y.stride(-2) == 1
-    noise = _cpu_directions(m, k, by_columns) if y.is_cpu else directions(m, k, y.device, by_columns)
+    kept = m * k <= _KEPT_NUMBERS and not y.is_meta
+    noise = (_kept_directions if kept else directions)(m, k, y.device, by_columns)
     # float64: squares neither overflow nor vanish
     norm = torch.linalg.vector_norm(y, dim=-2, keepdim=True, dtype=torch.float64)
     known = norm > 0
@@ -251,9 +261,26 @@ def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = core.abs().amax(dim=(-2, -1), keepdim=True)
     usable = torch.isfinite(largest) & (largest > 0)
     scaled = torch.where(usable, core / torch.where(usable, largest, 1.0), 0.0)
-    u, s, vh = torch.linalg.svd(scaled.double())
+    u, s, vh = (_svd_by_eigenvalues if core.is_cuda else torch.linalg.svd)(scaled.double())
     scale = torch.where(usable, largest, torch.where(largest == 0, 0.0, torch.nan))
     return u.float().contiguous(), (s * scale.squeeze(-1)).float(), vh.float().contiguous()
+
+
+def _svd_by_eigenvalues(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The full SVD of `core` (..., k, k) float64 by the eigenvectors of its Gram matrix.
+
+    For large cores on a GPU: cuSOLVER takes the SVDs of a batch one by one, in many small steps each, its symmetric
+    eigenproblems in large ones. Squaring halves the digits of float64. What is left: S is right to 1e-8 of the largest,
+    U and Vh are orthonormal to 1e-5, and Vh are singular vectors as far as S is 1e-5 of the largest or more.
+    """
+    u = torch.linalg.eigh(core @ core.mT).eigenvectors
+    rows = u.mT @ core
+    s, order = torch.linalg.vector_norm(rows, dim=-1).sort(dim=-1, descending=True, stable=True)
+    u = u.gather(-1, order[..., None, :].expand_as(u))
+    rows = rows.gather(-2, order[..., None].expand_as(rows))
+    known = ((s >= 1e-5 * s[..., :1]) & (s > 0))[..., None]  # shorter rows are not orthogonal any more
+    rows = torch.where(known, rows / s[..., None], 0.0)
+    return u, s, torch.where(known, rows, _ops.orthonormalize(rows.mT.float()).mT.double())
 
 
 @implement("cholesky_inverse", _KEY)

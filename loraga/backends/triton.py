@@ -1,19 +1,20 @@
 """CUDA devices: each op goes to its Triton kernel where that was measured to win, else to plain torch.
 
-Triton and the kernels are imported when the first CUDA tensor comes; without Triton plain torch does all of it.
+Triton and the kernels are imported when a kernel is first picked; where they do not work plain torch does all of it.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+import warnings
 from typing import Any
 
 import torch
 
 from loraga._ops import implement
 from loraga.backends import default
+from loraga.kernels import choice
 
 # op: (file of loraga/kernels, launcher, how many of the first arguments are the large ones)
 LAUNCHERS = {
@@ -34,15 +35,33 @@ def _arch(device: torch.device) -> int:
 
 
 def launcher_for(op: str, large: tuple[torch.Tensor, ...], arch: int) -> Any:
-    """The kernel launcher for these operands on compute capability `arch`, or the reference where no kernel wins."""
-    if importlib.util.find_spec("triton") is None:
-        return getattr(default, op)
-    from loraga.kernels import choice
+    """The kernel launcher for these operands on compute capability `arch`, or the reference where no kernel wins.
 
-    if not choice.picks(op, arch, large[0], choice.work(*large)):
+    The width of the last operand is what the table of wins goes by: of x and dy, where they are summed onto a buffer.
+    """
+    if not choice.picks(op, arch, large[-1], choice.work(*large)) or not _works(large[-1].device):
         return getattr(default, op)
     family, launcher, _ = LAUNCHERS[op]
     return getattr(importlib.import_module(f"loraga.kernels.{family}"), launcher)
+
+
+@functools.cache
+def _works(device: torch.device) -> bool:
+    """Can Triton build and launch a kernel for `device` here (it needs a C compiler, for one)? Says once why not."""
+    try:
+        from loraga.kernels import random
+
+        random.fill(torch.empty(4, device=device), 0)
+    except Exception as error:
+        if choice.forced():
+            raise
+        warnings.warn(
+            f"Triton cannot run kernels on {device} ({type(error).__name__}: {error}); loraga takes torch operations "
+            "there. LORAGA_TRITON=0 does so without trying, LORAGA_TRITON=1 shows the whole error.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _register(op: str) -> None:
@@ -50,7 +69,9 @@ def _register(op: str) -> None:
 
     @implement(op, "CUDA")
     def run(*args: Any) -> Any:
-        return launcher_for(op, args[:count], _arch(args[0].device))(*args)
+        device = args[0].device
+        with torch.cuda.device(device):  # Triton launches on the current one
+            return launcher_for(op, args[:count], _arch(device))(*args)
 
 
 for _op in LAUNCHERS:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraga.estimators.base import Estimate, Estimator
 from loraga.factors import Factors
+from loraga.precision import own_precision
 
 # State stacked at a time. What is made of it on the way is a small multiple, and this much already hides its launches.
 _CHUNK_BYTES = 2**28
@@ -52,7 +53,8 @@ def finish_in_chunks(
     """The part of `finish` that waits for nothing: of a chunk of layers, factors by name and energies of the sums."""
     for names in _chunks(estimators):
         group = [estimators[name] for name in names]
-        batch, energy = group[0].finish(group)
+        with own_precision(group[0].spec.device):
+            batch, energy = group[0].finish(group)
         # copies: a view would hold on to the factors of the whole chunk
         factors = {
             name: Factors(batch.U[i].clone(), batch.S[i] / divisors[name], batch.Vh[i].clone())

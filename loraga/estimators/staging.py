@@ -50,7 +50,7 @@ class HostMatrix:
     """An (m, n) sum in host memory. Between updates only its `StagingRing` may look at it."""
 
     def __init__(self, m: int, n: int, dtype: torch.dtype, pinned: bool) -> None:
-        self.values = torch.zeros(m, n, dtype=dtype, pin_memory=pinned)
+        self.values = torch.zeros(m, n, dtype=dtype, device="cpu", pin_memory=pinned)
         self.stored: Any = None  # the event behind the last write to it
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraga import _ops
 from loraga.factors import Factors
-from loraga.precision import without_autocast
+from loraga.precision import own_precision
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -48,10 +48,9 @@ def factorize(q: Tensor, z: Tensor, rank: int) -> tuple[Factors, Tensor]:
     q (..., m, k) float32 with any columns, z (..., k, n) float32, k <= min(m, n); the factors have the same leading
     dimensions. Works through orthonormal bases of both sides and one k x k core, so nothing m x n is formed.
     """
-    with without_autocast(q.device):  # the caller's, which would round the products to half precision
-        left = _ops.orthonormalize(q)
-        right = _ops.orthonormalize(z.mT)
-        return _triplets(left, (left.mT @ q) @ (z @ right), right, rank)
+    left = _ops.orthonormalize(q)
+    right = _ops.orthonormalize(z.mT)
+    return _triplets(left, (left.mT @ q) @ (z @ right), right, rank)
 
 
 def _triplets(left: Tensor, core: Tensor, right: Tensor, rank: int) -> tuple[Factors, Tensor]:
@@ -98,7 +97,7 @@ def truncated_svd(
         f = truncated_svd(g[None], rank, seed=[seed], oversampling=oversampling, iterations=iterations)
         return Factors(f.U[0], f.S[0], f.Vh[0])
     k = min(in_sixteens(max(2 * rank, rank + oversampling)), m, n)
-    with without_autocast(g.device):
+    with own_precision(g.device):
         q, z = _ops.subspace(g, k, iterations if k < min(m, n) else min(iterations, 1), seed)
         right = _ops.orthonormalize(z.mT)
         factors, _ = _triplets(q, z @ right, right, rank)

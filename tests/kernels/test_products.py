@@ -289,7 +289,7 @@ class TestSubspace:
 
 def test_a_stream_through_the_kernels_gives_the_factors_of_torch(monkeypatch):
     """Every op of a streaming estimator, from first update to factors, replaced by its kernel launcher."""
-    monkeypatch.setattr(default, "_has_units", lambda: False)  # no operand is rounded on either side
+    monkeypatch.setattr(default, "has_bfloat16_units", lambda device: False)  # no operand is rounded on either side
     spec = LayerSpec("layer", 240, 208, 8, 7, torch.device(DEVICE))
     pairs = [(operand(300, 208, seed=2 * i), operand(300, 240, seed=2 * i + 1)) for i in range(3)]
     pairs[1][0][5, 5] = torch.nan  # is left out
