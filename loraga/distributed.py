@@ -195,7 +195,8 @@ class Ranks:
         """Enter a collective together.
 
         Raises:
-            RankFailed: it broke off, as it does when a rank's process is killed.
+            RankFailed: it broke off, as it does when a rank's process is killed. (With nccl the host does not wait in
+                it: there it is nccl's own watchdog that ends the process.)
         """
         self.meet()
         try:

@@ -71,7 +71,8 @@ def has_bfloat16_units(device: torch.device) -> bool:
     if device.type == "cpu":
         kinds = ("avx512_bf16", "amx_tile") if torch.backends.mkldnn.is_available() else ()
         return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in kinds)
-    return device.type == "meta" or torch.cuda.get_device_capability(device) >= (8, 0)
+    # meta: dry runs stand for a GPU
+    return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 # Rows of x or dy that go into a sum over tokens at a time on a CPU: a wide block of them then stays in cache.
