@@ -62,16 +62,16 @@ class Plan:
     evaluate_at: tuple[int, ...]  # steps, from 0
     held_out: int  # texts, or windows of source code
     init_batches: int  # of the training batches, for the methods that look at data
-    seeds: tuple[int, ...]
     full_rates: tuple[int, ...]
     adapter_rates: tuple[int, ...]
-    extensions: int  # how many rates a sweep may go beyond its grid
     layers: int
     words: int = 0  # docstrings: of a text
     width: int = 0  # source code: of the Llama
     length: int = 0  # source code: bytes of a window
     pretraining_steps: int = 0
     pretraining_batch: int = 0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    extensions: int = 3  # how many rates a sweep may go beyond its grid
 
 
 PLANS = {
@@ -82,10 +82,8 @@ PLANS = {
             evaluate_at=(0, 4, 8, 12, 18, 24),
             held_out=96,
             init_batches=4,
-            seeds=(0, 1, 2),
             full_rates=(-9, -8, -7, -6, -5),
             adapter_rates=(-7, -6, -5, -4, -3),
-            extensions=3,
             layers=2,
             words=10,
         ),
@@ -95,10 +93,8 @@ PLANS = {
             evaluate_at=(0, 5, 10, 20, 30, 40, 60, 80),
             held_out=64,
             init_batches=8,
-            seeds=(0, 1, 2),
             full_rates=(-9, -8, -7, -6, -5),
             adapter_rates=(-8, -7, -6, -5, -4),
-            extensions=3,
             layers=2,
             width=128,
             length=64,
@@ -113,10 +109,8 @@ PLANS = {
             evaluate_at=(0, 5, 10, 20, 30, 40, 60, 80),
             held_out=256,
             init_batches=8,
-            seeds=(0, 1, 2),
             full_rates=(-10, -9, -8, -7, -6),
             adapter_rates=(-9, -8, -7, -6, -5),
-            extensions=3,
             layers=6,
             words=24,
         ),
@@ -126,10 +120,8 @@ PLANS = {
             evaluate_at=(0, 5, 10, 20, 40, 70, 100, 150),
             held_out=64,
             init_batches=8,
-            seeds=(0, 1, 2),
             full_rates=(-10, -9, -8, -7, -6),
             adapter_rates=(-9, -8, -7, -6, -5),
-            extensions=3,
             layers=6,
             width=512,
             length=256,

@@ -16,33 +16,19 @@ R = 4
 WIDTH, INNER, VOCABULARY = 320, 448, 97
 
 
-def _llama(**kwargs) -> nn.Module:
-    return hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=INNER,
-            num_hidden_layers=2,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            use_cache=False,
-            **kwargs,
-        )
+def _llama(family: str = "Llama", **kwargs) -> nn.Module:
+    """Of Llama's shape: grouped queries, a gated MLP."""
+    config = getattr(hf, f"{family}Config")(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        use_cache=False,
+        **kwargs,
     )
-
-
-def _qwen2() -> nn.Module:
-    return hf.Qwen2ForCausalLM(
-        hf.Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=INNER,
-            num_hidden_layers=2,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            use_cache=False,
-        )
-    )
+    return getattr(hf, f"{family}ForCausalLM")(config)
 
 
 def _gpt2() -> nn.Module:
@@ -114,7 +100,7 @@ def _image(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 _ZOO = {
     "llama": (_llama, _text("causal")),
-    "qwen2": (_qwen2, _text("causal")),
+    "qwen2": (lambda: _llama("Qwen2"), _text("causal")),
     "gpt2": (_gpt2, _text("causal")),
     "t5": (_t5, _text("causal")),
     "bert": (_bert, _text("class")),
