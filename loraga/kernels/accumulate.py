@@ -153,7 +153,7 @@ def _add_splits_kernel(
 ):
     """G += scale · (partial[0] + ... + partial[splits - 1]), in this order."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = m.to(tl.int64) * n
+    total = tl.cast(m, tl.int64) * n  # Triton makes an m of 1 a constant, which has no `.to`
     keep = (offsets < total) & all_set(flags_ptr, flags, FLAGS)
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
     for split in range(splits):

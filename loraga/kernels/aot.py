@@ -19,8 +19,8 @@ from loraga.kernels import accumulate, commit, orthonormalize, random, thin
 from loraga.kernels._triton import INTERPRETED, Build, sum_builds
 
 FAMILIES = (accumulate, thin, random, commit, orthonormalize)
-# Shared memory that one program may take, bytes: 86 and 89 run the entries of 80 with less than an A100 has.
-SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Shared memory that one program may take, bytes: 86, 89 and 120 run the entries of 80 with less than an A100 has.
+SHARED_LIMIT = {80: 99 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 @dataclass(frozen=True)

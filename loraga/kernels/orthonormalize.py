@@ -34,7 +34,8 @@ orthonormalize_reference = default.orthonormalize
 
 _FLOAT64_DOT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
 
-# Up to how many columns: block sizes of the Gram and product kernels. A block of norms is always _NORMS.
+# Up to how many columns: block sizes of the Gram and product kernels. A block of norms is always _NORMS. The entries of
+# 80 are for its float64 tensor cores, which 90 has too; on 86, 89 and 120 they would spill.
 _CONFIG = {
     80: {
         32: {"BLOCK_M": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1},
@@ -218,8 +219,12 @@ def orthonormalize(y: Tensor, refine: bool = True) -> Tensor:
     return block.view(out.shape)
 
 
+def _entries(arch: int) -> dict[int, dict[str, int]]:
+    return _CONFIG[80 if arch in (80, 90) else 100]
+
+
 def _config(arch: int, k: int) -> dict[str, int]:
-    table = _CONFIG[100 if arch >= 100 else 80]
+    table = _entries(arch)
     return table[min((columns for columns in table if columns >= k), default=max(table))]
 
 
@@ -297,7 +302,7 @@ def builds(arch: int) -> Iterator[Build]:
         multiples = ("m", "k", *strides) if one else ()
         norms = {"y_ptr": "*fp32", "partial_ptr": "*fp64", "m": "i32", "k": "i32", "splits": "i32"}
         yield Build(f"norms, {layout}", _norms_kernel, norms | strides, ones, _NORMS, multiples)
-        for columns, config in _CONFIG[100 if arch >= 100 else 80].items():
+        for columns, config in _entries(arch).items():
             for raw in (False, True) if layout == "rows" else (False,):  # what is multiplied again lies in rows
                 label = f"{columns}, {layout}{', again' if raw else ''}"
                 constants = ones | {"PARTS": _PARTS, "RAW": raw}
