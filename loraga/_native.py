@@ -48,7 +48,11 @@ def _cuda_problem(device_index: int) -> str | None:
     if not core.build_info()["cuda"]:
         return f"loraga's native core was built without CUDA: no working nvcc at build time. {_REBUILD}"
     try:
-        core.cuda.check_device(device_index)
+        # Torch puts the caller's device back without making a context on it, which the core's own guard would do where
+        # the caller's is untouched. Elsewhere it cannot be: tensors were made on the target's device in this thread,
+        # and torch then leaves an untouched device alone and the target's current.
+        with torch.cuda.device(device_index):
+            core.cuda.check_device(device_index)
     except core.CudaError as error:
         architectures = core.build_info()["cuda_architectures"]
         return f"loraga's native core (built for {architectures}) cannot use cuda:{device_index}: {error}"

@@ -25,16 +25,9 @@ void cholesky_inverse(const CholeskyProblem& problem, Target target) {
     check_cholesky_call(problem);
     if (problem.batch == 0) return;
     const DeviceGuard guard(target.device);
-    int shared_limit = 0;
-    cudaFuncAttributes attributes;
-    LORAGA_CUDA_CHECK(cudaFuncGetAttributes(&attributes, cholesky_kernel));
-    LORAGA_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, target.device));
-
     const std::size_t triangle = static_cast<std::size_t>(problem.k) * (problem.k + 1) / 2 * sizeof(double);
-    const bool in_shared = triangle + attributes.sharedSizeBytes <= static_cast<std::size_t>(shared_limit);
+    const bool in_shared = triangle <= allow_all_shared_memory(cholesky_kernel, target.device);
     const std::size_t bytes = in_shared ? triangle : 0;
-    LORAGA_CUDA_CHECK(
-        cudaFuncSetAttribute(cholesky_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
     const auto blocks = static_cast<int>(std::min<std::int64_t>(problem.batch, std::numeric_limits<int>::max()));
     cholesky_kernel<<<blocks, cholesky_threads(problem.k), bytes, static_cast<cudaStream_t>(target.stream)>>>(
         problem, in_shared);

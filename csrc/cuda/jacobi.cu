@@ -30,20 +30,15 @@ struct Plan {
 Plan make_plan(std::int64_t batch, int k, int device) {
     check_jacobi_shape(batch, k);
     if (batch == 0) return {};
-    int shared_limit = 0, processors = 0, resident = 0;
-    cudaFuncAttributes attributes;
-    LORAGA_CUDA_CHECK(cudaFuncGetAttributes(&attributes, jacobi_kernel));
-    LORAGA_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    int processors = 0, resident = 0;
     LORAGA_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
 
     Plan plan{};
     const std::size_t array = static_cast<std::size_t>(k) * k * sizeof(double);
-    const std::size_t room = static_cast<std::size_t>(shared_limit) - attributes.sharedSizeBytes;
+    const std::size_t room = allow_all_shared_memory(jacobi_kernel, device);
     plan.arrays_in_shared = static_cast<int>(std::min<std::size_t>(room / array, 2));
     plan.shared_bytes = plan.arrays_in_shared * array;
     plan.threads = block_threads(k);
-    LORAGA_CUDA_CHECK(cudaFuncSetAttribute(jacobi_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(plan.shared_bytes)));
     LORAGA_CUDA_CHECK(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, jacobi_kernel, plan.threads, plan.shared_bytes));
     plan.blocks = static_cast<int>(std::min<std::int64_t>(batch, static_cast<std::int64_t>(processors) * resident));
