@@ -48,11 +48,7 @@ def _cuda_problem(device_index: int) -> str | None:
     if not core.build_info()["cuda"]:
         return f"loraga's native core was built without CUDA: no working nvcc at build time. {_REBUILD}"
     try:
-        # Torch puts the caller's device back without making a context on it, which the core's own guard would do where
-        # the caller's is untouched. Elsewhere it cannot be: tensors were made on the target's device in this thread,
-        # and torch then leaves an untouched device alone and the target's current.
-        with torch.cuda.device(device_index):
-            core.cuda.check_device(device_index)
+        core.cuda.check_device(device_index)
     except core.CudaError as error:
         architectures = core.build_info()["cuda_architectures"]
         return f"loraga's native core (built for {architectures}) cannot use cuda:{device_index}: {error}"
@@ -78,7 +74,12 @@ def why_unavailable(device: torch.device | str = "cpu") -> str | None:
         return f"loraga's native core runs on cpu and cuda devices, not on {device.type}."
     if not torch.cuda.is_available():
         return "torch sees no CUDA device."
-    return _cuda_problem(torch.cuda.current_device() if device.index is None else device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    # Torch puts the caller's device back without making a context on it, which the core's own guard would do on a device
+    # that nobody has touched. In the other functions there is none to put back: tensors were made on the target's device
+    # in this thread, after which torch leaves that one current unless the caller's has a context.
+    with torch.cuda.device(index):
+        return _cuda_problem(index)
 
 
 def available(device: torch.device | str = "cpu") -> bool:
