@@ -160,9 +160,9 @@ def test_accumulate(shape, dtype, buffer):
 def test_accumulate_rounds_to_nearest_once():
     """1 + 2⁻⁸ per token: rounding the product to bfloat16 before it is added would lose every one of them."""
     g = torch.zeros(16, 16, dtype=torch.bfloat16, device=DEVICE)
-    ones = torch.ones(512, 16, device=DEVICE)
+    ones = torch.ones(320, 16, device=DEVICE)
     accumulate.accumulate(g, ones, ones * (1 + 2.0**-8))
-    assert torch.equal(g.float(), torch.full_like(g, 514.0).float())
+    assert (g == 322).all()  # the bfloat16 next to 321.25
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -237,11 +237,21 @@ class TestSearch:
         (columns, present), *_ = tuning.entries(kernel, torch.float32, 90)
         configs = list(search.candidates(kernel, columns))
         assert all(config.keys() == present.keys() for config in configs)
+        inner = "BLOCK_N" if kernel in ("draw", "project") else "BLOCK_T"
+
+        def staged(config: dict[str, int]) -> int:
+            """Bytes of float32 operands that wait in shared memory: no GPU has room for the largest candidates."""
+            outer = sum(size for name, size in config.items() if name.startswith("BLOCK") and name != inner)
+            return 4 * config["num_stages"] * config[inner] * outer
+
+        fitting = [config for config in configs if staged(config) <= 96 * 1024]
         run = search.workload(kernel, torch.float32, columns, torch.device(DEVICE))
         expected = run().clone()
-        for config in (configs[0], configs[-1]):
+        # a sum on the border between two bfloat16 may go either way
+        rtol = 1e-2 if expected.dtype == torch.bfloat16 else 1e-4
+        for config in (fitting[0], fitting[-1]):
             with tuning.using(kernel, config):
-                torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(run(), expected, rtol=rtol, atol=1e-4)
         assert tuning.config(kernel, torch.float32, 90, columns) == present
 
     def test_a_search_needs_a_device(self, monkeypatch):

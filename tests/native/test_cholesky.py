@@ -155,6 +155,7 @@ def test_runs_on_the_current_stream_without_waiting():
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        _native.cholesky_inverse(matrices * 4)  # what is loaded and allocated once may wait for the device
         torch.cuda._sleep(200_000_000)
         quadruple = matrices * 4  # ready only after the sleep
         inverse, _ = _native.cholesky_inverse(quadruple)
