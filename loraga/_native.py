@@ -75,9 +75,9 @@ def why_unavailable(device: torch.device | str = "cpu") -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device."
     index = torch.cuda.current_device() if device.index is None else device.index
-    # Torch puts the caller's device back without making a context on it, which the core's own guard would do on a device
-    # that nobody has touched. In the other functions there is none to put back: tensors were made on the target's device
-    # in this thread, after which torch leaves that one current unless the caller's has a context.
+    # Torch puts the caller's device back without making a context on it, as the core's own guard would where nobody has
+    # touched that device. The other functions have none to put back: tensors were made on the target's device in this
+    # thread, after which torch leaves that one current unless the caller's has a context.
     with torch.cuda.device(index):
         return _cuda_problem(index)
 
