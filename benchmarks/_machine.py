@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -18,15 +19,27 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
+@functools.cache
+def said(*command: str) -> str:
+    """What a program prints, or "unknown" where it is missing or fails: a lent machine may have no git."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def commit() -> str:
+    """Of the sources here, "-dirty" where they were changed since."""
+    found = said("git", "rev-parse", "HEAD")
+    changed = said("git", "status", "--porcelain", "--untracked-files=no")
+    return f"{found}-dirty" if changed and found != "unknown" else found
+
+
 def describe() -> dict[str, str | int]:
     """Commit, command, processor, device and versions."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
-
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     found: dict[str, str | int] = {
-        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
         "cpu": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown"),
         "cores": os.cpu_count() or 0,
@@ -34,7 +47,8 @@ def describe() -> dict[str, str | int]:
         "python": platform.python_version(),
     }
     if torch.cuda.is_available():
-        found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda or ""}
+        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda or "", "driver": driver}
     for package in ("torch", "triton", "transformers", "peft", "loraga"):
         try:
             found[package] = importlib.metadata.version(package)
@@ -44,10 +58,15 @@ def describe() -> dict[str, str | int]:
 
 
 def save(result: dict[str, Any], path: Path | None) -> None:
-    """Write a result as JSON, or print it where no file is given."""
+    """Write a result as JSON, or print it where no file is given. Whoever reads the file sees all of one result.
+
+    Scripts save what they have after every row: on a lent machine the last one may be cut short.
+    """
     text = json.dumps(result, indent=1)
     if path is None:
         print(text)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
+        unfinished = path.with_name(f"{path.name}.part")
+        unfinished.write_text(text + "\n")
+        unfinished.replace(path)
