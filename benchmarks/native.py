@@ -1,7 +1,7 @@
 """The native core's batched small problems beside torch.linalg (LAPACK, cuSOLVER): milliseconds and accuracy.
 
     python benchmarks/native.py --output benchmarks/results/native-cpu.json
-    python benchmarks/native.py --device cuda --batches 1 32 224 --output benchmarks/results/native-h200.json
+    python benchmarks/native.py --device cuda --batches 1 32 --repeats 3 --output benchmarks/results/native-h200.json
 
 Matrices are what a run meets: Gram matrices of sketches with unit columns and condition 1e8, and cores Qᵀ G V of
 gradients whose spectrum falls by six decades. Errors are against float64 LAPACK on the CPU, the worst of the batch:
@@ -12,11 +12,12 @@ Each case is warmed up once; times are the median and the 20th and 80th percenti
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from loraga.backends import default
 SHIFT = 1e-15  # that of the orthonormalisation
 
 
+@functools.cache
 def with_spectrum(batch: int, k: int, decades: float) -> Tensor:
     g = torch.Generator().manual_seed(k)
     u, v = (torch.linalg.qr(torch.randn(batch, k, k, dtype=torch.float64, generator=g)).Q for _ in range(2))
@@ -97,8 +99,7 @@ def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int) ->
     return sorted(times)
 
 
-def measure(device: torch.device, sizes: list[int], batches: list[int], repeats: int) -> list[dict[str, Any]]:
-    rows = []
+def measure(device: torch.device, sizes: list[int], batches: list[int], repeats: int) -> Iterator[dict[str, Any]]:
     for op, implementation, make, call, wrong in cases(device):
         for k in sizes:
             for batch in batches:
@@ -116,8 +117,7 @@ def measure(device: torch.device, sizes: list[int], batches: list[int], repeats:
                     **errors,
                 }
                 print(json.dumps(row), file=sys.stderr)
-                rows.append(row)
-    return rows
+                yield row
 
 
 def table(result: dict) -> str:
@@ -154,8 +154,12 @@ def main() -> None:
     reason = _native.why_unavailable(device)
     if reason is not None:
         parser.error(reason)
-    rows = measure(device, args.sizes, args.batches, args.repeats)
-    _machine.save({**_machine.describe(), "native": _native.build_info(), "rows": rows}, args.output)
+    result: dict[str, Any] = {**_machine.describe(), "native": _native.build_info(), "rows": []}
+    for row in measure(device, args.sizes, args.batches, args.repeats):
+        result["rows"].append(row)
+        if args.output:
+            _machine.save(result, args.output)
+    _machine.save(result, args.output)
 
 
 if __name__ == "__main__":

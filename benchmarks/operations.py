@@ -11,6 +11,7 @@ largest (small SVD), energy that the factors fail to capture of what the best on
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -98,11 +99,22 @@ def stream(m: int, n: int) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
+@functools.cache
+def squares(m: int, n: int, dtype: torch.dtype) -> Tensor:
+    """Squared singular values of `total(stream(m, n))`, rounded to `dtype`, in falling order, float64.
+
+    As eigenvalues of the smaller Gram matrix, once for all tests of a shape: a GPU takes seconds for them, and minutes
+    for the singular values themselves.
+    """
+    g = total(stream(m, n)).to(dtype).double()
+    g = g if m <= n else g.mT
+    return torch.linalg.eigvalsh(g @ g.mT).flip(0)
+
+
 def lost(g: Tensor, u: Tensor, vh: Tensor, q: int) -> float:
-    """Share of the best q triplets' energy that U and V fail to capture."""
-    best = torch.linalg.svdvals(g.double() if g.numel() <= 2**22 else g.float())[:q].double().square().sum()
+    """Share of the energy of the best q triplets of g, a rounded `total(stream(m, n))`, that U and V do not capture."""
     core = u[:, :q].double().mT @ g.double() @ vh[:q].double().mT
-    return float(1 - core.square().sum() / best)
+    return float(1 - core.square().sum() / squares(*g.shape, g.dtype)[:q].sum())
 
 
 def peer_svd(g: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import _llama
@@ -233,7 +234,9 @@ def objectives(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             weight.grad = None
     excess: dict[str, list[float]] = {case: [] for case in starts}
     for name, g in grads.items():
-        best = torch.linalg.svdvals(g)[2 * args.rank :].norm()
+        # eigenvalues of the smaller Gram matrix: a GPU takes minutes for singular values of layers of a 7B model
+        squares = torch.linalg.eigvalsh(g @ g.T if len(g) <= g.shape[1] else g.T @ g)
+        best = squares[: len(squares) - 2 * args.rank].clamp_min(0).sum().sqrt()
         for case, tensors in starts.items():
             a, b = (tensors[f"{name}.{factor}"].to(g) for factor in "AB")
             u, v = torch.linalg.qr(b).Q, torch.linalg.qr(a.T).Q
@@ -326,8 +329,8 @@ def child(command: list[str], limit: float | None) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(args: argparse.Namespace, starts: Path) -> tuple[list[dict], dict[str, str]]:
-    """A row per case, the median over the repeats, and the reason for each case that has none."""
+def measure(args: argparse.Namespace, starts: Path) -> Iterator[tuple[list[dict], dict[str, str]]]:
+    """A row per case, the median over the repeats, and the reason for each case that has none; so far, after each."""
     options = ["--shape", args.shape, "--batches", str(args.batches), "--rows", str(args.rows)]
     options += ["--length", str(args.length), "--rank", str(args.rank), "--device", args.device, "--dtype", args.dtype]
     options += ["--check-layers", *map(str, args.check_layers)]
@@ -344,20 +347,31 @@ def measure(args: argparse.Namespace, starts: Path) -> tuple[list[dict], dict[st
             except ChildProcessError as reason:
                 failed[case] = str(reason)
                 print(f"{case}: {reason}", file=sys.stderr)
-    rows = []
-    for case, found in runs.items():
-        if case not in failed:
-            row = {key: value for key, value in found[0].items() if value is not None}
-            row["seconds"] = statistics.median(run["seconds"] for run in found)
-            row["seconds_all"] = [run["seconds"] for run in found]
-            row["peak_bytes"] = statistics.median(run["peak_bytes"] for run in found)
-            rows.append(row)
+            yield rows_of(runs, failed), failed
     if any(starts.iterdir()):
         found = child(["--case", OBJECTIVES, *options, "--starts", str(starts)], None)
+        rows = rows_of(runs, failed)
         for row in rows:
             if row["case"] in found:
                 row["objective"] = found[row["case"]]
-    return rows, failed
+        yield rows, failed
+
+
+def rows_of(runs: dict[str, list[dict]], failed: dict[str, str]) -> list[dict]:
+    """A row per case that has run and not failed; checkpointed ones beside the checkpointed floor and step."""
+    rows = {}
+    for case, found in runs.items():
+        if found and case not in failed:
+            row = rows[case] = {key: value for key, value in found[0].items() if value is not None}
+            row["seconds"] = statistics.median(run["seconds"] for run in found)
+            row["seconds_all"] = [run["seconds"] for run in found]
+            row["peak_bytes"] = statistics.median(run["peak_bytes"] for run in found)
+    for case, row in rows.items():
+        suffix = CHECKPOINTED if case.endswith(CHECKPOINTED) else ""
+        least, step = rows.get("floor" + suffix), rows.get("lora-step" + suffix)
+        row["over_floor"] = row["seconds"] / least["seconds"] if least else None
+        row["memory_over_lora_step"] = row["peak_bytes"] / step["peak_bytes"] if step else None
+    return list(rows.values())
 
 
 def main() -> None:
@@ -385,27 +399,22 @@ def main() -> None:
     if args.case:
         print(json.dumps(objectives(args) if args.case == OBJECTIVES else run_case(args)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        rows, failed = measure(args, Path(folder))
-    by_case = {row["case"]: row for row in rows}
-    for row in rows:
-        suffix = CHECKPOINTED if row["case"].endswith(CHECKPOINTED) else ""
-        least, step = by_case.get("floor" + suffix), by_case.get("lora-step" + suffix)
-        row["over_floor"] = row["seconds"] / least["seconds"] if least else None
-        row["memory_over_lora_step"] = row["peak_bytes"] / step["peak_bytes"] if step else None
     result = {
         **_machine.describe(),
         "model": args.shape,
         "tokens": [args.batches, args.rows, args.length],
         "rank": args.rank,
         "dtype": args.dtype,
-        "failed": failed,
-        "rows": rows,
     }
-    _machine.save(result, args.output)
+    with tempfile.TemporaryDirectory() as folder:
+        for result["rows"], result["failed"] in measure(args, Path(folder)):
+            if args.output:
+                _machine.save(result, args.output)
     if args.output:
         print(table(result))
-    if ours := [case for case in failed if case.startswith(("floor", "loraga", "lora-step"))]:
+    else:
+        _machine.save(result, None)
+    if ours := [case for case in result["failed"] if case.startswith(("floor", "loraga", "lora-step"))]:
         sys.exit(f"failed: {', '.join(ours)}")
 
 
