@@ -4,15 +4,22 @@ show what the committed results hold."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import _machine
+import operations
 import tables
+import torch
 
 BENCHMARKS = tables.ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
@@ -76,3 +83,65 @@ def test_a_peer_that_is_not_done_in_time_is_a_result_and_a_case_of_ours_is_not(t
     assert done.returncode == 0 and "| peft-eva | stopped after 0.2 s |" in done.stdout
     done = whole_run("--limit", "0.2", "--cases", "loraga", "--output", str(tmp_path / "result.json"))
     assert done.returncode == 1 and "failed: loraga" in done.stderr
+
+
+def test_a_machine_without_git_is_described(monkeypatch):
+    _machine.said.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    assert _machine.commit() == "unknown"
+    _machine.said.cache_clear()
+
+
+@pytest.mark.parametrize(("m", "n"), [(30, 50), (50, 30)])
+def test_energies_of_a_layer_are_its_squared_singular_values(m, n, monkeypatch):
+    monkeypatch.setattr(operations, "TOKENS", 64)
+    exact = torch.linalg.svdvals(operations.total(operations.stream(m, n)).double()).square()
+    assert (operations.squares(m, n, torch.float32) - exact).abs().max() <= 1e-12 * exact[0]
+
+
+@pytest.fixture
+def session(tmp_path):
+    """`gpu_session.sh` with a Python that notes what it is asked for: `native.py` fails, `roofline.py` never ends."""
+    python = tmp_path / "python"
+    python.write_text(
+        """#!/bin/bash
+echo "$*" >>"$WORK/calls"
+case "$*" in
+*native.py*) echo "it broke"; exit 3 ;;
+*roofline.py*) trap 'echo interrupted; exit 2' INT; echo "row 1"; sleep 60 & wait ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "WORK": str(tmp_path / "work")}
+
+    def start(*sections: str, **more: str) -> subprocess.Popen[str]:
+        command = [str(BENCHMARKS / "gpu_session.sh"), str(tmp_path / "out"), *sections]
+        return subprocess.Popen(command, env=environment | more, stdout=subprocess.PIPE, text=True)
+
+    return start
+
+
+def test_a_gpu_session_goes_on_where_it_was(session, tmp_path):
+    first = session("build", "native", "operations")
+    assert "failed (3)" in first.communicate()[0] and first.returncode == 1
+    said = session("build", "native", "operations").communicate()[0]
+    assert "build: done before" in said and "operations: done before" in said and said.endswith("not done: native\n")
+    calls = (tmp_path / "work" / "calls").read_text()
+    assert calls.count("pip install") == calls.count("operations.py") == 1 and calls.count("native.py") == 2
+    assert "no time left" in session("tests", CALL_SECONDS="5").communicate()[0]
+    with tarfile.open(tmp_path / "out" / "gpu-session.tar.gz") as brought:
+        assert {"./build.done", "./native.log", "./operations.log"} <= set(brought.getnames())
+
+
+def test_a_gpu_session_that_is_stopped_brings_back_what_it_has(session, tmp_path):
+    running = session("kernels")
+    log = tmp_path / "work" / "kernels.log"
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=20)
+    assert running.returncode == 130
+    with tarfile.open(tmp_path / "out" / "gpu-session.tar.gz") as brought:
+        assert brought.extractfile("./kernels.log").read() == b"row 1\ninterrupted\n"
+        assert "./kernels.done" not in brought.getnames()
