@@ -87,12 +87,17 @@ def tune(seconds: float) -> None:
     """Search for at most about `seconds` and rewrite tuning.json.
 
     Raises:
-        RuntimeError: there is no CUDA device.
+        RuntimeError: there is no CUDA device, or one whose kind borrows another's entries.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("Tuning measures, and there is no CUDA device here.")
     device = torch.device("cuda", torch.cuda.current_device())
-    arch = str(tuning.known(arch_of(device)))
+    if arch_of(device) not in tuning.ARCHITECTURES:
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(device)} (sm_{arch_of(device)}) runs the entries of "
+            f"sm_{tuning.known(arch_of(device))}, which are tuned on such a device: {list(tuning.ARCHITECTURES)}."
+        )
+    arch = str(arch_of(device))
     table = json.loads(tuning.TABLE.read_text())
     jobs = [
         (kernel, dtype, columns)
