@@ -40,13 +40,17 @@ def _core() -> ModuleType:
     return module
 
 
-@functools.cache
-def _cuda_problem(device_index: int) -> str | None:
-    core = _core()
+def _build_problem() -> str | None:
     if torch.version.hip is not None:
         return "loraga's native core has CUDA kernels only, and this torch is built for ROCm."
-    if not core.build_info()["cuda"]:
+    if not _core().build_info()["cuda"]:
         return f"loraga's native core was built without CUDA: no working nvcc at build time. {_REBUILD}"
+    return None
+
+
+@functools.cache
+def _device_problem(device_index: int) -> str | None:
+    core = _core()
     try:
         core.cuda.check_device(device_index)
     except core.CudaError as error:
@@ -74,12 +78,15 @@ def why_unavailable(device: torch.device | str = "cpu") -> str | None:
         return f"loraga's native core runs on cpu and cuda devices, not on {device.type}."
     if not torch.cuda.is_available():
         return "torch sees no CUDA device."
+    problem = _build_problem()
+    if problem is not None:
+        return problem
     index = torch.cuda.current_device() if device.index is None else device.index
     # Torch puts the caller's device back without making a context on it, as the core's own guard would where nobody has
     # touched that device. The other functions have none to put back: tensors were made on the target's device in this
     # thread, after which torch leaves that one current unless the caller's has a context.
     with torch.cuda.device(index):
-        return _cuda_problem(index)
+        return _device_problem(index)
 
 
 def available(device: torch.device | str = "cpu") -> bool:

@@ -29,10 +29,10 @@ needs_native = pytest.mark.skipif(not _native.available(), reason=f"no native co
 def fresh_loader():
     """The loader asks anew, now and after the test."""
     _native._load.cache_clear()
-    _native._cuda_problem.cache_clear()
+    _native._device_problem.cache_clear()
     yield
     _native._load.cache_clear()
-    _native._cuda_problem.cache_clear()
+    _native._device_problem.cache_clear()
 
 
 def test_one_version_everywhere():
@@ -109,7 +109,7 @@ def test_unusable_devices_are_explained(monkeypatch, fresh_loader):
     if not torch.cuda.is_available():
         assert _native.why_unavailable("cuda") == "torch sees no CUDA device."
         if _native.build_info()["cuda"]:  # the module asks the driver itself, and says which call failed
-            assert re.search(r"cannot use cuda:0: cuda\w+\(.*\) failed: cuda", _native._cuda_problem(0))
+            assert re.search(r"cannot use cuda:0: cuda\w+\(.*\) failed: cuda", _native._device_problem(0))
 
 
 @needs_native
