@@ -276,6 +276,8 @@ def run_case(args: argparse.Namespace) -> dict:
         model(**{key: rows[:1] for key, rows in data[0].items()})
     import peft  # noqa: F401
 
+    import loraga.api  # noqa: F401
+
     with PeakMemory(args.device) as memory:
         began = time.perf_counter()
         result = run(model, data, args.rank)
