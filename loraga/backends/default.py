@@ -126,12 +126,6 @@ def _scaled(product: Tensor, scale: float) -> Tensor:
 def commit_(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
     finite = all_finite(left) & all_finite(new_z)
     # in place, so that the memory of the state is taken once
-    if q.is_cpu:  # where there is nothing to wait for
-        if finite:
-            q.copy_(new_q)
-            z.copy_(new_z)
-            probed += left[:, q.shape[1] :]
-        return finite
     torch.where(finite, new_q, q, out=q)
     torch.where(finite, new_z, z, out=z)
     probed += torch.where(finite, left[:, q.shape[1] :], 0.0)
