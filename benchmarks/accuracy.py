@@ -96,11 +96,11 @@ def record(model: nn.Module, batch: Callable[[int], dict], blocks: tuple[int, ..
     return pairs
 
 
-# what gives the model, its micro-batches by number, and the blocks that are looked at
+# what gives the model, its micro-batches by number, and the blocks that are looked at; the longest first
 MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[int], dict], tuple[int, ...]]]] = {
+    "llama bytes": lambda: (*llama(), (0, 1, 2)),
     "minilm classification": lambda: (*minilm("classification"), (0, 2, 5)),
     "minilm masked tokens": lambda: (*minilm("masked tokens"), (0, 2, 5)),
-    "llama bytes": lambda: (*llama(), (0, 1, 2)),
 }
 
 

@@ -82,8 +82,8 @@ PLANS = {
             evaluate_at=(0, 4, 8, 12, 18, 24),
             held_out=96,
             init_batches=4,
-            full_rates=(-9, -8, -7, -6, -5),
-            adapter_rates=(-7, -6, -5, -4, -3),
+            full_rates=(-7, -6, -5),
+            adapter_rates=(-6, -5, -4),
             layers=2,
             words=10,
         ),
@@ -93,8 +93,8 @@ PLANS = {
             evaluate_at=(0, 5, 10, 20, 30, 40, 60, 80),
             held_out=64,
             init_batches=8,
-            full_rates=(-9, -8, -7, -6, -5),
-            adapter_rates=(-8, -7, -6, -5, -4),
+            full_rates=(-7, -6, -5),
+            adapter_rates=(-7, -6, -5),
             layers=2,
             width=128,
             length=64,
@@ -241,7 +241,8 @@ def train(
 
     No weight decay, no clipping; linear warm-up and a cosine to zero. From the first loss that is not finite, `None`.
     """
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(WARMUP * len(batches)), len(batches))
     losses: list[float | None] = []
     for step, batch in enumerate(batches, start=1):

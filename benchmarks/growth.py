@@ -29,7 +29,7 @@ import _machine
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
-from whole_run import PeakMemory, batches
+from whole_run import PeakMemory, batches, text
 
 import loraga
 from loraga.integrations._named import without_weights
@@ -204,6 +204,7 @@ def main() -> None:
     described = _machine.describe()
     points = list(dict.fromkeys([point for sweep in SWEEPS.values() for point in sweep] + OTHERS))
     rows = []
+    text()  # read once for all processes
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         for point, measured in zip(points, pool.imap(measure, points), strict=True):
             rows.append({**asdict(point), **measured})

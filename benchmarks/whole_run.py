@@ -8,24 +8,28 @@ memory); PEFT's own LoRA-GA (`preprocess_loraga` + `get_peft_model`) and EVA; th
 code, stated anew; and the plain LoRA training step (AdamW) on the same batches, whose peak memory is our yardstick.
 Cases ending in -checkpointed run with gradient checkpointing. Time and peak memory above the loaded model, per case;
 for LoRA-GA starts also their objective against the exact SVD, on the layers named by `--check-layers`. A peer that
-fails or runs past `--limit` gets its reason instead of a row; a case of ours that does ends the script with an error.
+fails or takes longer than `--limit` floors gets its reason instead of a row; a case of ours that fails ends the script
+with an error.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
+import multiprocessing
 import re
 import statistics
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import _llama
@@ -41,6 +45,10 @@ SHAPES = {
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHECKPOINTED = "-checkpointed"
+# Processes are forked from a server that has these loaded and has computed nothing: no threads, no CUDA context.
+# Not loraga, of which the server may find another checkout.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "peft"])
 
 
 def build(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -57,12 +65,18 @@ def build(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
         torch.set_default_dtype(before)
 
 
+@functools.cache
+def text() -> torch.Tensor:
+    """Prose and code of the standard library: its words and signs in order, each as its place by frequency."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:80]
+    words = re.findall(r"\w+|[^\w ]", "\n".join(file.read_text("utf-8") for file in files))
+    places = {word: i for i, (word, _) in enumerate(Counter(words).most_common())}
+    return torch.tensor([places[word] for word in words])
+
+
 def batches(model: torch.nn.Module, count: int, rows: int, length: int) -> list[dict]:
-    """Prose and code of the standard library, a token per word or sign, by frequency: real statistics of text."""
-    text = "\n".join(f.read_text("utf-8") for f in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:80])
-    words = re.findall(r"\w+|[^\w ]", text)
-    vocabulary = {word: i for i, (word, _) in enumerate(Counter(words).most_common(model.config.vocab_size - 1))}
-    ids = torch.tensor([vocabulary.get(word, model.config.vocab_size - 1) for word in words])
+    """A token per word or sign of `text`, the rare ones all the last of the vocabulary: real statistics of text."""
+    ids = text().clamp(max=model.config.vocab_size - 1)
     starts = torch.randint(0, len(ids) - length, (count, rows), generator=torch.Generator().manual_seed(1))
     result = []
     for row in starts:
@@ -208,19 +222,19 @@ RUNS = {
     "lora-step": lora_step,
 }
 CHECKED = ("loraga", "loraga-dense", "loraga-dense-host", "peft-loraga", "official-loraga")  # whose start is LoRA-GA's
-OBJECTIVES = "objectives"  # not a case: the process that measures the starts of all of them
+PEERS = ("peft-loraga", "official-loraga", "peft-eva")  # which may fail or be stopped
 CASES = (*RUNS, *(case + CHECKPOINTED for case in ("floor", "loraga", "lora-step")))
 
 
-def objectives(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """LoRA-GA objective |G - (U_B U_Bᵀ G + G V_A V_Aᵀ)| over that of the exact SVD, less one, of all saved starts.
+def objectives(args: argparse.Namespace, starts: Path) -> dict[str, dict[str, float]]:
+    """LoRA-GA objective |G - (U_B U_Bᵀ G + G V_A V_Aᵀ)| over that of the exact SVD, less one, of all in `starts`.
 
     U_B and V_A are the directions of B and A; G is the exact mean gradient in float64, made once for all cases.
     """
-    starts = {file.stem: load_file(file) for file in args.starts.glob("*.safetensors")}
+    factors = {file.stem: load_file(file) for file in starts.glob("*.safetensors")}
     model, data = prepare(args)
     modules = dict(model.named_modules())
-    names = sorted({key.rpartition(".")[0] for tensors in starts.values() for key in tensors})
+    names = sorted({key.rpartition(".")[0] for tensors in factors.values() for key in tensors})
     weights = {name: modules[name].weight for name in names}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -232,12 +246,12 @@ def objectives(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         for name, weight in weights.items():
             grads[name] += weight.grad.double()
             weight.grad = None
-    excess: dict[str, list[float]] = {case: [] for case in starts}
+    excess: dict[str, list[float]] = {case: [] for case in factors}
     for name, g in grads.items():
         # eigenvalues of the smaller Gram matrix: a GPU takes minutes for singular values of layers of a 7B model
         squares = torch.linalg.eigvalsh(g @ g.T if len(g) <= g.shape[1] else g.T @ g)
         best = squares[: len(squares) - 2 * args.rank].clamp_min(0).sum().sqrt()
-        for case, tensors in starts.items():
+        for case, tensors in factors.items():
             a, b = (tensors[f"{name}.{factor}"].to(g) for factor in "AB")
             u, v = torch.linalg.qr(b).Q, torch.linalg.qr(a.T).Q
             excess[case].append(float((g - u @ (u.T @ g) - (g @ v) @ v.T).norm() / best - 1))
@@ -263,10 +277,9 @@ def prepare(args: argparse.Namespace) -> tuple[torch.nn.Module, list[dict]]:
     return model, batches(model, args.batches, args.rows, args.length)
 
 
-def run_case(args: argparse.Namespace) -> dict:
-    """Time and memory of `args.case` in this process; what it found goes into the folder `args.starts`."""
+def run_case(args: argparse.Namespace, case: str, starts: Path | None) -> dict:
+    """Time and memory of a case in this process; what it found goes into the folder `starts`."""
     warnings.simplefilter("ignore")
-    case = args.case
     run = RUNS[case.removesuffix(CHECKPOINTED)]
     model, data = prepare(args)
     if case.endswith(CHECKPOINTED):
@@ -289,8 +302,8 @@ def run_case(args: argparse.Namespace) -> dict:
     report = getattr(result, "loraga_report", None)
     if report is not None:
         row |= {"state_bytes": report.state_bytes, "phases": report.seconds}
-    if args.starts and case in CHECKED:
-        save_file(starts_of(result, args.check_layers, args.rank), args.starts / f"{case}.safetensors")
+    if starts and case in CHECKED:
+        save_file(starts_of(result, args.check_layers, args.rank), starts / f"{case}.safetensors")
     return row
 
 
@@ -315,43 +328,62 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def child(command: list[str], limit: float | None) -> dict:
-    """What a process of this script printed last. A peer that fails or is not done in time is a result.
+def alone(task: Callable[..., dict], *args: object, limit: float | None = None) -> dict:
+    """`task(*args)` in a process of its own.
 
     Raises:
-        `ChildProcessError`: with the reason, for the table.
+        `ChildProcessError`: with the reason, if it fails or takes more than `limit` seconds.
     """
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_send, args=(sender, task, args))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run([sys.executable, __file__, *command], capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        raise ChildProcessError(f"stopped after {limit:g} s") from None
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        raise ChildProcessError((done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+        if not receiver.poll(limit):
+            raise ChildProcessError(f"stopped after {limit:.0f} s")
+        found = receiver.recv()
+        process.join()
+    except EOFError:
+        process.join()
+        raise ChildProcessError(f"exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+    if isinstance(found, str):
+        raise ChildProcessError(found)
+    return found
+
+
+def _send(sender: Connection, task: Callable[..., dict], args: tuple[object, ...]) -> None:
+    """What `task` returns, or in one line why it failed."""
+    try:
+        sender.send(task(*args))
+    except Exception as error:
+        traceback.print_exc()
+        sender.send(traceback.format_exception_only(error)[-1].strip())
 
 
 def measure(args: argparse.Namespace, starts: Path) -> Iterator[tuple[list[dict], dict[str, str]]]:
     """A row per case, the median over the repeats, and the reason for each case that has none; so far, after each."""
-    options = ["--shape", args.shape, "--batches", str(args.batches), "--rows", str(args.rows)]
-    options += ["--length", str(args.length), "--rank", str(args.rank), "--device", args.device, "--dtype", args.dtype]
-    options += ["--check-layers", *map(str, args.check_layers)]
     runs: dict[str, list[dict]] = {case: [] for case in args.cases}
     failed: dict[str, str] = {}
+    limit: float | None = None
     for repeat in range(args.repeats):
-        saving = ["--starts", str(starts)] if args.check_layers and repeat == 0 else []
+        into = starts if args.check_layers and repeat == 0 else None
         for case in args.cases:
             if case in failed:
                 continue
+            began = time.perf_counter()
             try:
-                runs[case].append(child(["--case", case, *options, *saving], args.limit))
+                runs[case].append(alone(run_case, args, case, into, limit=limit if case in PEERS else None))
                 print(f"{case}: {runs[case][-1]['seconds']:.2f} s", file=sys.stderr)
             except ChildProcessError as reason:
                 failed[case] = str(reason)
                 print(f"{case}: {reason}", file=sys.stderr)
+            if case == "floor" and args.limit:
+                limit = args.limit * (time.perf_counter() - began)
             yield rows_of(runs, failed), failed
     if any(starts.iterdir()):
-        found = child(["--case", OBJECTIVES, *options, "--starts", str(starts)], None)
+        found = alone(objectives, args, starts)
         rows = rows_of(runs, failed)
         for row in rows:
             if row["case"] in found:
@@ -388,19 +420,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="processes per case, in turn; the median is reported")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--check-layers", type=int, nargs="*", default=[0, 6, 11])
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="stop a case's process after so long")
+    parser.add_argument("--limit", type=float, metavar="FLOORS", help="stop a peer that takes so many times as long")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--case", choices=(*CASES, OBJECTIVES), help=argparse.SUPPRESS)
-    parser.add_argument("--starts", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path, help="print the table of a result file and do nothing else")
     args = parser.parse_args()
     if args.table:
         print(table(json.loads(args.table.read_text())))
         return
+    if args.limit and args.cases[0] != "floor":
+        parser.error("--limit is in floors: let the floor be the first of the cases")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    if args.case:
-        print(json.dumps(objectives(args) if args.case == OBJECTIVES else run_case(args)))
-        return
     result = {
         **_machine.describe(),
         "model": args.shape,
@@ -416,7 +445,7 @@ def main() -> None:
         print(table(result))
     else:
         _machine.save(result, None)
-    if ours := [case for case in result["failed"] if case.startswith(("floor", "loraga", "lora-step"))]:
+    if ours := [case for case in result["failed"] if case not in PEERS]:
         sys.exit(f"failed: {', '.join(ours)}")
 
 

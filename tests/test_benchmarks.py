@@ -3,8 +3,10 @@ show what the committed results hold."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import _machine
 import operations
 import tables
 import torch
+import whole_run
 
 BENCHMARKS = tables.ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
@@ -54,7 +57,7 @@ def test_results_name_commit_machine_and_versions(file):
     assert not result["commit"].endswith("dirty")
 
 
-def whole_run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_whole(*arguments: str) -> subprocess.CompletedProcess[str]:
     options = ["--shape", "tiny", "--batches", "2", "--rows", "2", "--length", "48", "--rank", "4", "--repeats", "1"]
     command = [sys.executable, str(BENCHMARKS / "whole_run.py"), *options, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -63,7 +66,7 @@ def whole_run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_whole_runs_measure_time_memory_and_objective(tmp_path):
     cases = ["floor", "loraga", "official-loraga", "lora-step"]
     file = tmp_path / "result.json"
-    done = whole_run("--check-layers", "0", "--output", str(file), "--cases", *cases)
+    done = run_whole("--check-layers", "0", "--output", str(file), "--cases", *cases)
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
     rows = {row["case"]: row for row in result["rows"]}
@@ -78,11 +81,28 @@ def test_whole_runs_measure_time_memory_and_objective(tmp_path):
     assert all(f"| {case} |" in done.stdout for case in cases)
 
 
-def test_a_peer_that_is_not_done_in_time_is_a_result_and_a_case_of_ours_is_not(tmp_path):
-    done = whole_run("--limit", "0.2", "--cases", "peft-eva", "--output", str(tmp_path / "result.json"))
-    assert done.returncode == 0 and "| peft-eva | stopped after 0.2 s |" in done.stdout
-    done = whole_run("--limit", "0.2", "--cases", "loraga", "--output", str(tmp_path / "result.json"))
-    assert done.returncode == 1 and "failed: loraga" in done.stderr
+def test_a_peer_that_is_not_done_in_time_is_a_result(tmp_path):
+    cases = ["floor", "loraga", "peft-eva"]
+    done = run_whole("--limit", "0.01", "--output", str(tmp_path / "result.json"), "--cases", *cases)
+    assert done.returncode == 0, done.stderr
+    assert "| loraga | 0" in done.stdout and re.search(r"\| peft-eva \| stopped after \d+ s \|", done.stdout)
+    done = run_whole("--limit", "2", "--cases", "peft-eva")
+    assert done.returncode == 2 and "let the floor be the first" in done.stderr
+
+
+def test_a_peer_that_fails_is_a_result_and_a_case_of_ours_is_not(tmp_path):
+    file, cases = tmp_path / "result.json", ["loraga", "official-loraga"]
+    done = run_whole("--rank", "4000", "--output", str(file), "--cases", *cases)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "failed: loraga"
+    failed = json.loads(file.read_text())["failed"]
+    assert "largest usable r" in failed["loraga"] and list(failed) == cases
+
+
+@pytest.mark.parametrize("how", ["a signal", "nothing said"])
+def test_a_process_that_dies_is_named_by_its_exit_code(how):
+    dying, code = (os.abort, -signal.SIGABRT) if how == "a signal" else (functools.partial(os._exit, 3), 3)
+    with pytest.raises(ChildProcessError, match=f"exit code {code}"):
+        whole_run.alone(dying)
 
 
 def test_a_machine_without_git_is_described(monkeypatch):

@@ -45,6 +45,8 @@ def philox(counter: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @implement("test_matrix_", _KEY)
 def test_matrix_(out: Tensor, seed: int) -> None:
+    if out.is_meta:  # dry runs would spend half of their time here
+        return
     count = out.numel()
     words = torch.stack(philox(torch.arange((count + 3) // 4, device=out.device), seed), dim=1).view(-1)[:count]
     # the upper 24 bits are exact in float32
