@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 # A script's own folder comes first in the import path, and an editable install may be of another checkout: the commit
 # that is recorded below must be that of the loraga that runs.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+SETTINGS = re.compile("MALLOC_|GLIBC_TUNABLES|OMP_|MKL_|PYTORCH_")
 
 
 @functools.cache
@@ -36,7 +39,7 @@ def commit() -> str:
 
 
 def describe() -> dict[str, str | int]:
-    """Commit, command, processor, device and versions."""
+    """Commit, command, processor, device and versions, and what in the environment changes memory and threads."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     found: dict[str, str | int] = {
         "commit": commit(),
@@ -46,6 +49,8 @@ def describe() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
+    if settings := [f"{key}={value}" for key, value in sorted(os.environ.items()) if SETTINGS.match(key)]:
+        found["environment"] = " ".join(settings)
     if torch.cuda.is_available():
         driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
         found |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda or "", "driver": driver}

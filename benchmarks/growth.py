@@ -211,7 +211,7 @@ def main() -> None:
             print(f"{point}: {measured['seconds']:.2f} s", file=sys.stderr)
     for point, row in zip(points, rows, strict=True):
         row |= predict(point)
-    result = {**described, "environment": f"MALLOC_MMAP_THRESHOLD_={MMAP_THRESHOLD}", "rows": rows, "sweeps": {}}
+    result = {**described, "rows": rows, "sweeps": {}}
     for name, sweep in SWEEPS.items():
         indices = [points.index(point) for point in sweep]
         xs = [rows[i][name] for i in indices]

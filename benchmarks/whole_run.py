@@ -20,6 +20,7 @@ import gc
 import json
 import multiprocessing
 import re
+import resource
 import statistics
 import sys
 import sysconfig
@@ -277,6 +278,11 @@ def prepare(args: argparse.Namespace) -> tuple[torch.nn.Module, list[dict]]:
     return model, batches(model, args.batches, args.rows, args.length)
 
 
+def _system_seconds() -> float:
+    """Of this process until now, all threads: on a CPU nearly all for pages of memory touched anew."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_stime
+
+
 def run_case(args: argparse.Namespace, case: str, starts: Path | None) -> dict:
     """Time and memory of a case in this process; what it found goes into the folder `starts`."""
     warnings.simplefilter("ignore")
@@ -292,12 +298,12 @@ def run_case(args: argparse.Namespace, case: str, starts: Path | None) -> dict:
     import loraga.api  # noqa: F401
 
     with PeakMemory(args.device) as memory:
-        began = time.perf_counter()
+        began, system = time.perf_counter(), _system_seconds()
         result = run(model, data, args.rank)
         if args.device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-    row = {"case": case, "seconds": seconds, "peak_bytes": memory.bytes}
+    row = {"case": case, "seconds": seconds, "peak_bytes": memory.bytes, "system_seconds": _system_seconds() - system}
     row["parameters"] = sum(p.numel() for p in model.parameters()) if case == "floor" else None
     report = getattr(result, "loraga_report", None)
     if report is not None:
@@ -399,7 +405,8 @@ def rows_of(runs: dict[str, list[dict]], failed: dict[str, str]) -> list[dict]:
             row = rows[case] = {key: value for key, value in found[0].items() if value is not None}
             row["seconds"] = statistics.median(run["seconds"] for run in found)
             row["seconds_all"] = [run["seconds"] for run in found]
-            row["peak_bytes"] = statistics.median(run["peak_bytes"] for run in found)
+            for key in ("peak_bytes", "system_seconds"):
+                row[key] = statistics.median(run[key] for run in found)
     for case, row in rows.items():
         suffix = CHECKPOINTED if case.endswith(CHECKPOINTED) else ""
         least, step = rows.get("floor" + suffix), rows.get("lora-step" + suffix)
