@@ -21,6 +21,7 @@ PRINTED_BY = {
     "native-cpu": "native",
     "operations-cpu": "operations",
     "whole-run-cpu": "whole_run",
+    "whole-run-xeon": "whole_run",
 }
 PLACE = re.compile(r"(<!-- table: ([\w-]+)(?:: ([^>]*))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
