@@ -348,12 +348,12 @@ def alone(task: Callable[..., dict], *args: object, limit: float | None = None) 
         if not receiver.poll(limit):
             raise ChildProcessError(f"stopped after {limit:.0f} s")
         found = receiver.recv()
-        process.join()
     except EOFError:
         process.join()
         raise ChildProcessError(f"exit code {process.exitcode}") from None
     finally:
         process.kill()
+        process.join()
     if isinstance(found, str):
         raise ChildProcessError(found)
     return found
@@ -365,7 +365,7 @@ def _send(sender: Connection, task: Callable[..., dict], args: tuple[object, ...
         sender.send(task(*args))
     except Exception as error:
         traceback.print_exc()
-        sender.send(traceback.format_exception_only(error)[-1].strip())
+        sender.send(" ".join(traceback.format_exception_only(error)[-1].split()))
 
 
 def measure(args: argparse.Namespace, starts: Path) -> Iterator[tuple[list[dict], dict[str, str]]]:

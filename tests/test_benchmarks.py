@@ -85,7 +85,8 @@ def test_a_peer_that_is_not_done_in_time_is_a_result(tmp_path):
     cases = ["floor", "loraga", "peft-eva"]
     done = run_whole("--limit", "0.01", "--output", str(tmp_path / "result.json"), "--cases", *cases)
     assert done.returncode == 0, done.stderr
-    assert "| loraga | 0" in done.stdout and re.search(r"\| peft-eva \| stopped after \d+ s \|", done.stdout)
+    assert re.search(r"\| loraga \| \d", done.stdout)
+    assert re.search(r"\| peft-eva \| stopped after \d+ s \|", done.stdout)
     done = run_whole("--limit", "2", "--cases", "peft-eva")
     assert done.returncode == 2 and "let the floor be the first" in done.stderr
 
