@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,6 +132,9 @@ class Plan:
 
 
 CHECKPOINTED = ", checkpointed"
+# Before these, backward of attention with fewer heads of keys has wrong shapes on the meta device, and models enter an
+# autocast that does not exist there.
+_LEAST = {"torch": (2, 9), "transformers": (5, 0)}
 
 
 def plan(
@@ -158,8 +162,10 @@ def plan(
         ceilings (`Ceilings`, *optional*): of the device, for times.
 
     Raises:
-        ValueError: no target layer, a rank too large for one of them, or a model whose work depends on values.
+        ValueError: no target layer, a rank too large for one of them, a model whose work depends on values, or a torch
+            or transformers that is too old.
     """
+    check_versions()
     init = init or InitConfig()
     weights = [*model.parameters(), *model.buffers()]
     weight_bytes, parameters = _bytes(weights), sum(p.numel() for p in model.parameters())
@@ -399,6 +405,17 @@ def _peak(seen: Mapping[Any, float]) -> float:
 def _factor_bytes(slot: AdapterSlot, init: InitConfig) -> int:
     """U, S, Vh in float32 and the energy in float64 of one layer."""
     return 4 * init.triplets(slot.rank) * (sum(slot.shape) + 1) + 8
+
+
+def check_versions() -> None:
+    """Raises `ValueError` where torch or transformers is too old for a dry run."""
+    for library, least in _LEAST.items():
+        found = version(library)
+        if tuple(int(part) for part in found.split(".")[:2]) < least:
+            raise ValueError(
+                f"A plan needs {library} {'.'.join(map(str, least))} or newer, and this is {found}: upgrade it, or "
+                "plan elsewhere (no weights are needed). Initialising works with older ones."
+            )
 
 
 def _bytes(tensors: Any) -> int:

@@ -10,7 +10,10 @@ import torch
 
 _lock = threading.Lock()
 _inside = 0
-_callers: object = None
+_callers = ""
+# torch >= 2.9 raises where its two ways to the setting are mixed, but not for one who only uses the new one. Before it,
+# only one of the old ways knows the third value, "medium".
+_NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 
 @contextmanager
@@ -29,6 +32,17 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
+def _read() -> str:
+    return torch.backends.cuda.matmul.fp32_precision if _NEW else torch.get_float32_matmul_precision()
+
+
+def _write(precision: str) -> None:
+    if _NEW:
+        torch.backends.cuda.matmul.fp32_precision = precision
+    else:
+        torch.set_float32_matmul_precision(precision)
+
+
 @contextmanager
 def without_tf32() -> Iterator[None]:
     """Context in which CUDA devices multiply float32 as float32.
@@ -37,13 +51,10 @@ def without_tf32() -> Iterator[None]:
     had, the last one to go puts it back.
     """
     global _inside, _callers
-    matmul = torch.backends.cuda.matmul
-    # torch >= 2.9 raises where its two ways to the setting are mixed, but not for one who only uses the new one
-    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     with _lock:
         if _inside == 0:
-            _callers = getattr(matmul, name)
-            setattr(matmul, name, exact)
+            _callers = _read()
+            _write("ieee" if _NEW else "highest")
         _inside += 1
     try:
         yield
@@ -51,4 +62,4 @@ def without_tf32() -> Iterator[None]:
         with _lock:
             _inside -= 1
             if _inside == 0:
-                setattr(matmul, name, _callers)
+                _write(_callers)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -439,7 +440,7 @@ def test_env_as_a_process():
     result = process("env", "--json")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert found["versions"]["loraga"] == loraga.__version__ and found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["loraga"] == loraga.__version__ and found["versions"]["torch"] == version("torch")
     assert "cpu" in found["devices"]
     for state in (found["triton"], *found["native"]["devices"].values()):
         assert state["usable"] is (state["reason"] is None)
@@ -450,7 +451,7 @@ def test_env_as_a_process():
 def test_env_is_readable(capsys):
     assert main(["env"]) == 0
     text = capsys.readouterr().out
-    assert f"torch {torch.__version__}" in text and "  cpu: " in text
+    assert f"torch {version('torch')}," in text and "  cpu: " in text
     assert "Triton kernels: " in text and "native core:" in text
 
 

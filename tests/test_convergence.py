@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("peft.tuners.lora.loraga", reason="this PEFT has no LoRA-GA (it came with 0.19)")
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import _bytes

@@ -645,7 +645,8 @@ def test_gradient_checkpointing(reentrant):
             peft_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         peft_model(input_ids=ids, labels=ids).loss.backward()
         gradients.append({n: p.grad for n, p in peft_model.named_parameters() if p.requires_grad})
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        close(gradients[1][name], gradient, 1e-5)
 
 
 # -------------------------------------------------------------------------------------------------- frozen, trainable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import zoo
 from torch.utils.flop_counter import FlopCounterMode
 
 import loraga
+from loraga import planning
 from loraga.cli import main
 from loraga.dryrun import Ceilings, DryRun
 from loraga.estimation import make_estimator
@@ -22,6 +24,10 @@ from loraga.quiet import quiet
 from loraga.taps import Taps
 
 CPU = torch.device("cpu")
+try:
+    planning.check_versions()
+except ValueError as too_old:
+    pytest.skip(str(too_old), allow_module_level=True)
 
 
 def small_llama(layers=2, width=320, **kwargs):
@@ -265,3 +271,14 @@ def test_a_model_that_looks_at_values_is_refused():
 
 def test_names_are_known():
     assert {"llama-2-7b", "llama-3-8b", "llama-2-70b", "llama-3.1-405b"} <= set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("library", "found", "least"), [("torch", "2.8.0+cu128", "2.9"), ("transformers", "4.57.1", "5.0")]
+)
+def test_what_is_too_old_is_named(library, found, least, monkeypatch, capsys):
+    monkeypatch.setattr(planning, "version", lambda name: found if name == library else "99.0")
+    with pytest.raises(ValueError, match=rf"needs {library} {least} or newer, and this is {re.escape(found)}: upgrade"):
+        planned(small_llama())
+    assert main(["plan", "llama-2-7b", "--rank", "8", "--tokens", "4096"]) == 2
+    assert "Initialising works with older ones" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from loraga.data import InputError
 
@@ -61,7 +61,7 @@ def config_of(model: str, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def without_weights(config: PreTrainedConfig, family: str, dtype: torch.dtype) -> nn.Module:
+def without_weights(config: PretrainedConfig, family: str, dtype: torch.dtype) -> nn.Module:
     """The model of `config` on the meta device, made by transformers' class `family`, such as AutoModelForCausalLM.
 
     Raises:
