@@ -293,6 +293,8 @@ def _product(y: Tensor, norms: Tensor, inverse: Tensor, raw: bool) -> Tensor:
 
 
 def builds(arch: int) -> Iterator[Build]:
+    if not _FLOAT64_DOT:
+        return
     pointers = {"y_ptr": "*fp32", "norms_ptr": "*fp64"}
     sizes = {"parts": "i32", "weight": "fp32", "jitter": "fp32", "m": "i32", "k": "i32"}
     grid = dict.fromkeys(("blocks", "splits", "batches"), "i32")

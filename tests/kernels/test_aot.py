@@ -8,9 +8,15 @@ import subprocess
 import sys
 
 import pytest
+import triton
 
 from loraga.kernels import __main__ as command
 from loraga.kernels import aot, tuning
+
+compiled_as_promised = pytest.mark.skipif(
+    tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6),
+    reason="the compiler of this Triton spills where that of 3.6 and 3.7 does not",
+)
 
 
 def run(program: str) -> None:
@@ -20,6 +26,7 @@ def run(program: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@compiled_as_promised
 @pytest.mark.timeout(1200)  # about 40 s on two idle cores
 @pytest.mark.parametrize("arch", tuning.ARCHITECTURES)
 def test_all_builds_fit(arch):
@@ -36,6 +43,7 @@ def test_all_builds_fit(arch):
     assert all(spilled == "0" for _, spilled in rows)
 
 
+@compiled_as_promised
 @pytest.mark.timeout(600)  # about 15 s
 @pytest.mark.parametrize("arch", [86, 120])
 def test_what_the_table_gives_to_cards_of_less_shared_memory_fits(arch):
