@@ -218,13 +218,10 @@ def main() -> None:
         fits = {key: fit(xs, [rows[i][key] for i in indices]) for key in ("seconds", "peak_bytes")}
         result["sweeps"][name] = {"rows": indices, **fits}
     result["seconds_in_all"] = time.perf_counter() - began
+    _machine.save(result, args.output)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
         plots(result, args.output.parent)
         print(table(result))
-    else:
-        print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from loraga import recipes
+from loraga._version import release_of
 from loraga.config import InitConfig
 from loraga.dryrun import Ceilings, Cost, DryRun
 from loraga.estimation import BFLOAT16_LIMIT, make_estimator
@@ -411,7 +412,7 @@ def check_versions() -> None:
     """Raises `ValueError` where torch or transformers is too old for a dry run."""
     for library, least in _LEAST.items():
         found = version(library)
-        if tuple(int(part) for part in found.split(".")[:2]) < least:
+        if release_of(found) < least:
             raise ValueError(
                 f"A plan needs {library} {'.'.join(map(str, least))} or newer, and this is {found}: upgrade it, or "
                 "plan elsewhere (no weights are needed). Initialising works with older ones."

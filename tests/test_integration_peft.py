@@ -11,12 +11,14 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from loraga._version import release_of
 from loraga.integrations import peft as adapters
 from loraga.offsets import AnchoredLinear
 
@@ -645,8 +647,11 @@ def test_gradient_checkpointing(reentrant):
             peft_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         peft_model(input_ids=ids, labels=ids).loss.backward()
         gradients.append({n: p.grad for n, p in peft_model.named_parameters() if p.requires_grad})
-    for name, gradient in gradients[0].items():
-        close(gradients[1][name], gradient, 1e-5)
+    if release_of(transformers.__version__) >= (5, 0):
+        assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    else:  # its attention rounds otherwise under checkpointing, with PEFT's own LoRA too
+        for name, gradient in gradients[0].items():
+            close(gradients[1][name], gradient, 1e-5)
 
 
 # -------------------------------------------------------------------------------------------------- frozen, trainable

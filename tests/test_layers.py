@@ -31,8 +31,9 @@ DRIFT = 2e-5
 pytestmark = pytest.mark.filterwarnings("ignore:.*_pattern keys", "ignore:.*Embedding.*", "ignore:.*ParamWrapper.*")
 
 
-# Shape of the experts stored as (m, n): older PEFT takes all to be stored as (n, m).
-STRAIGHT = (16, 10) if "is_transposed" in inspect.getsource(ParamWrapper) else (10, 16)
+# Older PEFT takes all experts to be stored as (n, m), and allows `target_parameters` to one adapter only.
+OLD_PEFT = "is_transposed" not in inspect.getsource(ParamWrapper)
+STRAIGHT = (10, 16) if OLD_PEFT else (16, 10)  # (m, n) of the experts stored as (m, n)
 
 
 class Experts(nn.Module):
@@ -332,7 +333,7 @@ def test_an_embedding_beside_other_adapters():
     """They share the dictionary that changes its class."""
     model = started("zero-b")
     first = output(model)
-    model.add_adapter("second", config(target_parameters=None))  # which older PEFT allows to one adapter only
+    model.add_adapter("second", config(target_parameters=None) if OLD_PEFT else config())
     adapters.write_start(model, "second", starts_of(model, "second"), "anchor")
     model.set_adapter("second")
     close(output(model), output(build()))

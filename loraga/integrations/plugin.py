@@ -27,6 +27,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loraga import offsets, recipes, summary
+from loraga._version import release_of
 from loraga.config import InitConfig, check_choice
 from loraga.distributed import Ranks
 from loraga.estimation import estimate_step
@@ -121,7 +122,7 @@ def _replacements() -> list[tuple[Any, str, Callable]]:
     `preprocess_loraga` is wrapped by `torch.no_grad`, and the wrapper keeps it in a closure cell. The cell is changed
     rather than the name, so that everyone who holds the wrapper is served, whenever it was imported.
     """
-    release = tuple(int(part) for part in peft.__version__.split(".")[:2])
+    release = release_of(peft.__version__)
     if release < KNOWN[0]:
         _refuse(f"has no LoRA-GA; it came with {_FIRST}")
     if release not in KNOWN:

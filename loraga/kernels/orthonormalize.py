@@ -27,12 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from loraga import _ops
+from loraga._version import release_of
 from loraga.backends import default
 from loraga.kernels._triton import Build, arch_of, splits_for
 
 orthonormalize_reference = default.orthonormalize
 
-_FLOAT64_DOT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
+_FLOAT64_DOT = release_of(triton.__version__) >= (3, 5)
 
 # Up to how many columns: block sizes of the Gram and product kernels. A block of norms is always _NORMS. The entries of
 # 80 are for its float64 tensor cores, which 90 has too; on 86, 89 and 120 they would spill.

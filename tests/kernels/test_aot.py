@@ -10,11 +10,12 @@ import sys
 import pytest
 import triton
 
+from loraga._version import release_of
 from loraga.kernels import __main__ as command
 from loraga.kernels import aot, tuning
 
 compiled_as_promised = pytest.mark.skipif(
-    tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6),
+    release_of(triton.__version__) < (3, 6),
     reason="the compiler of this Triton spills where that of 3.6 and 3.7 does not",
 )
 
