@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from loraga.factors import Factors
     from loraga.integrations.peft import (
         apply_to_peft,
-        attach_anchor,
         export_adapter,
-        restore_base,
         restore_peft,
     )
     from loraga.report import InitReport, LayerReport
@@ -27,11 +25,9 @@ _HOMES = {
     "InitReport": "loraga.report",
     "LayerReport": "loraga.report",
     "apply_to_peft": "loraga.integrations.peft",
-    "attach_anchor": "loraga.integrations.peft",
     "estimate_factors": "loraga.api",
     "export_adapter": "loraga.integrations.peft",
     "fast_init": "loraga.api",
-    "restore_base": "loraga.integrations.peft",
     "restore_peft": "loraga.integrations.peft",
 }
 
@@ -42,11 +38,9 @@ __all__ = [
     "LayerReport",
     "__version__",
     "apply_to_peft",
-    "attach_anchor",
     "estimate_factors",
     "export_adapter",
     "fast_init",
-    "restore_base",
     "restore_peft",
 ]
 

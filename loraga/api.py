@@ -1,4 +1,4 @@
-"""The library's two calls, top to bottom: batch → tap → estimator → factors → recipe → offset → adapter."""
+"""The library's two calls, top to bottom: batch → tap → estimator → factors → recipe → start → adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from loraga import recipes, summary
+from loraga import starts, summary
 from loraga.config import InitConfig
 from loraga.distributed import Ranks
 from loraga.estimation import LossFn, estimate
@@ -44,7 +44,8 @@ def fast_init(
     sketch and never formed (arXiv 2407.05000 for the method, Halko, Martinsson, Tropp 2011 for the sketch). Train the
     result as any PEFT model, at full fine-tuning's learning rate rather than LoRA's.
 
-    With `init.offset="subtract"` the base weights change; with the default `"anchor"` and with `"zero-b"` they do not.
+    The result is the ordinary LoRA that PEFT alone would have made, with other numbers in A and B: no base weight,
+    class, name, shape, config or hook differs. The model's function is the base's at the start, except with LoRA-One.
 
     Where torch.distributed is initialised, every rank must make this call, each with its own batches; the mean is over
     all of them, and the adapter the same on all ranks. If one raises, all do.
@@ -55,24 +56,23 @@ def fast_init(
             Modes, `requires_grad`, `.grad`, hooks and the global random generators are as before afterwards, and the
             whole model is when anything raises.
         loader (iterable): of batches. A mapping goes in as `model(**batch)`, its tensors moved to the model's device.
-        lora_config (`peft.LoraConfig`, *optional*): for a plain model; left out, r 8, alpha 16, rsLoRA, all linear
-            layers.
-        init (`InitConfig`, *optional*): method, direction, scale, offset, estimator.
+        lora_config (`peft.LoraConfig`, *optional*): for a plain model; left out, r 16, alpha 64, all linear layers.
+        init (`InitConfig`, *optional*): method, start, direction, scale, estimator.
         loss_fn (callable, *optional*): loss_fn(model, batch) returns the scalar loss. Left out, it is `output.loss`.
         max_batches (`int`, *optional*): take no more batches than these. The gradient is their mean, each batch
             weighted the same.
         adapter_name (`str`): which adapter.
-        seed (`int`): of the sketch, of `direction="random"`, and in a plain model of layers that stay ordinary. Same
-            seed, same input: same bits.
+        seed (`int`): of the sketch, of `direction="random"`, and of rows and layers that stay ordinary. Same seed, same
+            input: same bits.
         show_progress_bar (`bool`): show progress over batches and layers.
 
     Returns:
         `peft.PeftModel` with the attribute `loraga_report` (`loraga.InitReport`).
 
     Raises:
-        ValueError: no target found, a layer too small for r, no batch, no usable loss, no gradient at any target, NaN
-            or Inf in every batch, an option out of range, an adapter that is not there, or an offset that does not
-            go with the base model. The message names the layer or value and what to do.
+        ValueError: no target found, no batch, no usable loss, no gradient at any target, NaN or Inf in every batch, an
+            option out of range, an adapter that is not there, or one whose first start changed the base weights. The
+            message names the layer or value and what to do.
         TypeError: a batch is no mapping and there is no `loss_fn`.
         RuntimeError: another rank raised, or did not come within the process group's timeout.
     """
@@ -103,15 +103,13 @@ def fast_init(
                     + "; ".join(f"{name} ({reason})" for name, reason in unsupported.items())
                 )
             parts = [part for slot in slots for part in slot.parts()]
-            for slot in slots:
-                recipes.check_rank(slot.name, slot.shape, slot.rank, init)
             check_layers(model, {slot.name: slot.base_layer for slot in slots})
-            adapters.check_offset(peft_model, adapter_name, init.offset)
+            adapters.check_magnitudes(peft_model, adapter_name, slots)
             with adapters.adapters_disabled(peft_model):
                 estimation = estimate(
                     model,
                     {slot.name: slot.base_layer for slot in slots if slot.whole is None},
-                    {part.name: init.triplets(part.rank) for part in parts},
+                    {part.name: starts.triplets(init, part.rank, part.shape) for part in parts},
                     loader,
                     init,
                     ranks,
@@ -123,16 +121,16 @@ def fast_init(
                 )
             report = summary.report_of(parts, unsupported, estimation, init, seed)
             began = time.perf_counter()
-            starts = {
+            written = {
                 layer.name: adapters.start_of(part, estimation.estimates[layer.name].factors, init, seed)
                 for part, layer in zip(parts, report.layers, strict=False)
                 if layer.status == INITIALISED
             }
-            if not starts:
+            if not written:
                 raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")
             if ranks.first:
                 summary.warn_about(report, stacklevel=3)  # before anything is written: a warning may be made an error
-            adapters.write_start(peft_model, adapter_name, starts, init.offset, confirm=ranks.meet)
+            adapters.write_start(peft_model, adapter_name, written, seed=seed, confirm=ranks.meet)
             report.seconds["adapter"] = time.perf_counter() - began
     except BaseException:
         if restore is not None:
@@ -163,7 +161,7 @@ def estimate_factors(
             a regular expression, `"all-linear"`, or `None` for PEFT's defaults for the architecture. Convolutions,
             embeddings and other layers with a `weight` of two or more dimensions are targets too where they are named:
             autograd forms their gradient, which is added to a dense buffer and freed at once.
-        rank (`int`): triplets per layer; LoRA-GA at rank r needs 2r.
+        rank (`int`): triplets per layer; the start of an adapter of rank r needs r.
         estimator (`str`): `"streaming"` or `"dense"`; layers that are not linear have dense buffers with both (float32
             with `"streaming"`).
         loss_fn, max_batches, seed, show_progress_bar: as in [`fast_init`].

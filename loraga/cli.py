@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loraga._version import __version__
-from loraga.config import DIRECTIONS, METHODS, SCALES, InitConfig
+from loraga.config import DIRECTIONS, METHODS, SCALES, STARTS, InitConfig
 from loraga.data import InputError, make_batches, read_rows
 
 REPORT_FILE = "loraga_report.json"
@@ -89,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--output", type=Path, required=True, metavar="DIR", help="adapter folder to write")
     init.add_argument("--overwrite", action="store_true", help="replace DIR if it holds an adapter")
     adapter = init.add_argument_group("adapter")
-    adapter.add_argument("--rank", type=_whole, default=8, metavar="R", help="r (default 8)")
-    adapter.add_argument("--alpha", type=_positive, default=16, metavar="A", help="lora_alpha (default 16)")
+    adapter.add_argument("--rank", type=_whole, default=16, metavar="R", help="r (default 16)")
+    adapter.add_argument("--alpha", type=_positive, metavar="A", help="lora_alpha (default 16 sqrt(r): 64 for rank 16)")
     adapter.add_argument(
         "--target-modules",
         nargs="+",
@@ -98,7 +99,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="names of the layers, such as q_proj v_proj (default all-linear)",
     )
-    adapter.add_argument("--no-rslora", action="store_true", help="scale by alpha/r instead of alpha/sqrt(r)")
     gradient = init.add_argument_group("gradient")
     gradient.add_argument("--max-length", type=_whole, default=512, metavar="N", help="tokens per row (default 512)")
     gradient.add_argument("--batch-size", type=_whole, default=4, metavar="N", help="rows per batch (default 4)")
@@ -110,10 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--scale", choices=SCALES, default="stable", help="of lora-ga (default stable)")
     recipe.add_argument("--gamma", type=_positive, metavar="G", help="default 16 for lora-ga, 128 for lora-one")
     recipe.add_argument(
-        "--offset",
-        choices=("zero-b", "anchor"),
-        help="of lora-ga: zero-b (default), an ordinary adapter of rank r whose B is zero; or anchor, one of rank 2r "
-        "with a frozen half, for training with loraga",
+        "--start", choices=STARTS, default="mirror", help="of lora-ga: mirrored pairs or B zero (default mirror)"
     )
     model = init.add_argument_group("model")
     model.add_argument(
@@ -183,6 +180,11 @@ def _positive(text: str) -> float:
         number = 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return _whole_or_not(number)
+
+
+def _whole_or_not(number: float) -> float:
+    """An int where it is one: readers of adapters take lora_alpha for a whole number."""
     return int(number) if number.is_integer() else number
 
 
@@ -243,7 +245,7 @@ def _init_config(args: argparse.Namespace) -> InitConfig:
         "method": args.method,
         "direction": args.direction,
         "scale": args.scale,
-        "offset": args.offset or (None if lora_one else "zero-b"),
+        "start": args.start,
     }
     if args.gamma is not None:
         options["lora_one_gamma" if lora_one else "stable_gamma"] = args.gamma
@@ -259,8 +261,7 @@ def _lora_config(args: argparse.Namespace, task: str) -> Any:
     names = [name for names in args.target_modules for name in names.split(",") if name]
     return LoraConfig(
         r=args.rank,
-        lora_alpha=getattr(args, "alpha", 16),
-        use_rslora=not getattr(args, "no_rslora", False),
+        lora_alpha=getattr(args, "alpha", None) or _whole_or_not(16 * math.sqrt(args.rank)),
         target_modules="all-linear" if names == ["all-linear"] else names,
         task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(task),
     )

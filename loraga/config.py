@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 METHODS = ("lora-ga", "lora-one")
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "unit", "gd", "weight-svd")
-OFFSETS = ("anchor", "subtract", "zero-b", "none")
+STARTS = ("mirror", "zero-b")
 ESTIMATORS = ("streaming", "dense")
 BUFFER_DTYPES = ("auto", "bfloat16", "float32")
 BUFFER_DEVICES = ("model", "cpu")
@@ -37,26 +37,25 @@ def check_whole(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} must be at least 1.")
 
 
-def _offset_of(method: str, offset: str | None) -> str:
-    return offset if offset is not None else "none" if method == "lora-one" else "anchor"
-
-
 @dataclass(frozen=True)
 class InitConfig:
     """How gradients become an adapter's start.
 
     Args:
         method (`str`): `"lora-ga"` (arXiv 2407.05000) or `"lora-one"` (arXiv 2502.01235).
-        direction (`str`): which singular directions A and B take (lora-ga): `"ArB2r"` (A the first r right
-            vectors, B the left vectors r..2r; the paper's), `"A2rBr"` (swapped), `"ArBr"` (odd and even of
-            the first 2r), `"random"` (two disjoint random halves of the first 2r).
-        scale (`str`): size of A and B (lora-ga): `"stable"` (m^(1/4)/sqrt(stable_gamma) on both, the paper's),
-            `"unit"` (1), `"gd"` (1/s), `"weight-svd"` (mean of sqrt(sigma_i(W)/s) over the top r).
-        stable_gamma (`float`): gamma of `scale="stable"`.
+        direction (`str`): which singular directions A0 and B0 take, with p = r/2 pairs (lora-ga, mirror): `"ArB2r"`
+            (A0 the first p right vectors, B0 the left vectors p..2p; the paper's), `"A2rBr"` (swapped), `"ArBr"` (odd
+            and even of the first 2p), `"random"` (two disjoint random halves of the first 2p).
+        scale (`str`): how long the rows of A and the columns of B are (lora-ga): `"stable"` (the first step of Adam is
+            that of the paper's LoRA-GA at rank r/2 and the same alpha), `"unit"` (1), `"gd"` (the first step of plain
+            gradient descent is that of full fine-tuning, projected), `"weight-svd"` (mean of sqrt(sigma_i(W)/s) over
+            the top r).
+        stable_gamma (`float`): gamma of `scale="stable"`; the paper's A and B have the length m^(1/4)/sqrt(gamma).
         lora_one_gamma (`float`): gamma of `method="lora-one"`.
-        offset (`str`, *optional*): how the non-zero start is cancelled: `"anchor"` (default for lora-ga: frozen
-            copy in the adapter, base untouched), `"subtract"` (base weights change), `"zero-b"` (B starts at
-            zero), `"none"` (nothing is cancelled; the default and only choice for lora-one).
+        start (`str`): what A and B begin with (lora-ga), in an adapter of rank r; an ordinary LoRA in both cases, and
+            no base weight is written. `"mirror"`: r/2 pairs, A = [A0; A0] and B = [B0, -B0], all of it trained; it
+            trains as the paper's LoRA-GA does. `"zero-b"`: A the first r right singular vectors, B zero, so that the
+            function at the start is the base's bit for bit.
         estimator (`str`): `"streaming"` (never forms a gradient) or `"dense"` (one m x n buffer per layer).
         buffer_dtype (`str`): of the dense buffers: `"bfloat16"`, `"float32"`, or `"auto"` (bfloat16 up to 256
             micro-batches, where rounding stays below the sampling noise; float32 beyond or where their number
@@ -76,7 +75,7 @@ class InitConfig:
     scale: str = "stable"
     stable_gamma: float = 16.0
     lora_one_gamma: float = 128.0
-    offset: str = None  # type: ignore[assignment]  # None becomes the method's own
+    start: str = "mirror"
     estimator: str = "streaming"
     buffer_dtype: str = "auto"
     buffer_device: str = "model"
@@ -84,6 +83,7 @@ class InitConfig:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
+        check_choice("start", self.start, STARTS)
         check_choice("direction", self.direction, DIRECTIONS)
         check_choice("scale", self.scale, SCALES)
         check_positive("stable_gamma", self.stable_gamma)
@@ -92,30 +92,21 @@ class InitConfig:
         check_choice("buffer_dtype", self.buffer_dtype, BUFFER_DTYPES)
         check_choice("buffer_device", self.buffer_device, BUFFER_DEVICES)
         check_whole("staging_bytes", self.staging_bytes)
-        object.__setattr__(self, "offset", _offset_of(self.method, self.offset))
-        check_choice("offset", self.offset, OFFSETS)
         if self.method == "lora-one":
-            for name, default in (("direction", "ArB2r"), ("scale", "stable")):
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} does not go with method='lora-one', which has one of its "
-                        f"own; leave {name} out, or use method='lora-ga'."
-                    )
-        if self.method == "lora-one" and self.offset != "none":
-            raise ValueError(
-                f"offset={self.offset!r} does not go with method='lora-one', whose start is one gradient step "
-                "and is not cancelled; leave offset out, or use method='lora-ga'."
-            )
-        if self.method == "lora-ga" and self.offset == "none":
-            raise ValueError(
-                "offset='none' does not go with method='lora-ga': the model's function would change at the "
-                "start; allowed are 'anchor', 'subtract', 'zero-b'."
-            )
+            self._check_unused(("start", "direction", "scale"), "method='lora-one', which has its own")
+        elif self.start == "zero-b":
+            self._check_unused(("direction",), "start='zero-b', which takes the leading right directions")
 
-    def triplets(self, rank: int) -> int:
-        """How many singular triplets of the gradient an adapter of `rank` needs."""
-        return rank if self.method == "lora-one" else 2 * rank
+    def _check_unused(self, names: tuple[str, ...], where: str) -> None:
+        """Raise `ValueError` if an option that plays no part was set to something."""
+        for name in names:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} does not go with {where}; leave {name} out.")
 
     def to_dict(self) -> dict:
-        """The options as plain values, for JSON."""
-        return asdict(self)
+        """The options as plain values, for JSON; those that play no part with this method are `None`."""
+        if self.method == "lora-one":
+            unused: tuple[str, ...] = ("start", "direction", "scale", "stable_gamma")
+        else:
+            unused = ("lora_one_gamma", "direction") if self.start == "zero-b" else ("lora_one_gamma",)
+        return asdict(self) | dict.fromkeys(unused)

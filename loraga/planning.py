@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from loraga import recipes
+from loraga import starts
 from loraga._version import release_of
 from loraga.config import InitConfig
 from loraga.dryrun import Ceilings, Cost, DryRun
 from loraga.estimation import BFLOAT16_LIMIT, make_estimator
 from loraga.estimators import Estimator, LayerSpec, Streaming, finish_in_chunks
 from loraga.integrations import peft as adapters
-from loraga.offsets import AdapterSlot
+from loraga.integrations.peft import AdapterSlot
 from loraga.quiet import quiet
 from loraga.taps import Taps
 
@@ -173,8 +173,6 @@ def plan(
     with META:
         peft_model = adapters.inject(model, lora_config, "default")
     slots, _ = adapters.find_slots(peft_model, "default")
-    for slot in slots:
-        recipes.check_rank(slot.name, slot.shape, slot.rank, init)
     adapter_bytes = _bytes(p for p in peft_model.parameters() if p.requires_grad)
     ids = torch.zeros(rows, length, dtype=torch.long, device=META)
     trial = _Trial(peft_model, {"input_ids": ids, "labels": ids}, init, micro_batches, ceilings)
@@ -235,7 +233,7 @@ class _Trial:
 
     def estimator(self, slot: AdapterSlot) -> Estimator:
         """The layer's estimator, on the meta device."""
-        spec = LayerSpec(slot.name, *slot.shape, self._init.triplets(slot.rank), 0, META)
+        spec = LayerSpec(slot.name, *slot.shape, starts.triplets(self._init, slot.rank, slot.shape), 0, META)
         return make_estimator(spec, self._init, self._micro_batches, many=self._micro_batches > BFLOAT16_LIMIT)
 
     def gradients(self, checkpointing: bool) -> Found:
@@ -405,7 +403,7 @@ def _peak(seen: Mapping[Any, float]) -> float:
 
 def _factor_bytes(slot: AdapterSlot, init: InitConfig) -> int:
     """U, S, Vh in float32 and the energy in float64 of one layer."""
-    return 4 * init.triplets(slot.rank) * (sum(slot.shape) + 1) + 8
+    return 4 * starts.triplets(init, slot.rank, slot.shape) * (sum(slot.shape) + 1) + 8
 
 
 def check_versions() -> None:

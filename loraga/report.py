@@ -20,7 +20,9 @@ from loraga.whole_files import written_whole
 
 INITIALISED = "initialised"
 ORDINARY = "ordinary"
-FORMAT = 1
+# why a layer has no start of its own; it has the embedding's (`ensure_weight_tying`)
+TIED = "its adapter is the embedding's, transposed"
+FORMAT = 2
 LIBRARIES = ("torch", "triton", "peft", "transformers")
 
 NAME_WIDTH = 38
@@ -71,6 +73,8 @@ class LayerReport:
         status (`str`): `"initialised"`, or `"ordinary"` where the layer keeps an ordinary LoRA start.
         reason (`str`): why it is ordinary; empty where it is initialised.
         spectrum (`list[float]`): leading singular values of the mean gradient, descending.
+        directions (`int`): how many singular directions of the gradient the start holds: r (or r - 1 where pairs leave
+            one over), fewer in a layer that has no more; its other rows are ordinary LoRA.
         captured_energy (`float`, *optional*): share of |G|_F^2 in the triplets the recipe used, 0 to 1.
         effective_rank (`float`, *optional*): see [`effective_rank`]; of the spectrum given, so at most its length.
         updates (`int`): micro-batches that entered the mean.
@@ -83,6 +87,7 @@ class LayerReport:
     status: str
     reason: str = ""
     spectrum: list[float] = field(default_factory=list)
+    directions: int = 0
     captured_energy: float | None = None
     effective_rank: float | None = None
     updates: int = 0
@@ -171,12 +176,15 @@ class InitReport:
         return "\n".join([*rows, "", *self._ordinary_lines(), *self._totals()])
 
     def _layer_table(self) -> list[str]:
-        rows: list[tuple[str, ...]] = [("layer", "out x in", "r", "captured", "eff. rank", "sigma_1", "batches", "")]
+        rows: list[tuple[str, ...]] = [
+            ("layer", "out x in", "r", "directions", "captured", "eff. rank", "sigma_1", "batches", "")
+        ]
         for layer in self.layers:
             rows.append(
                 (
                     shorten(layer.name, NAME_WIDTH),
                     *_size(layer.shape, layer.rank),
+                    str(layer.directions or "-"),
                     _percent(layer.captured_energy),
                     _decimal(layer.effective_rank),
                     f"{layer.spectrum[0]:.1e}" if layer.spectrum else "-",
@@ -191,7 +199,7 @@ class InitReport:
         for layer in self.layers:
             groups[layer.shape, layer.rank].append(layer)
         rows: list[tuple[str, ...]] = [
-            ("layers", "out x in", "r", "captured: lowest", "median", "highest", "eff. rank", "")
+            ("layers", "out x in", "r", "directions", "captured: lowest", "median", "highest", "eff. rank", "")
         ]
         for (shape, rank), layers in groups.items():
             kinds = list(dict.fromkeys(kind(layer.name) for layer in layers))
@@ -203,6 +211,7 @@ class InitReport:
                 (
                     textwrap.shorten(f"{len(layers)}: {', '.join(kinds)}", NAME_WIDTH, placeholder=" .."),
                     *_size(shape, rank),
+                    str(max(layer.directions for layer in layers) or "-"),
                     _percent(lowest),
                     _percent(middle),
                     _percent(highest),
@@ -237,7 +246,7 @@ class InitReport:
         left_out = f" ({self.skipped_batches} with NaN or Inf left out)" if self.skipped_batches else ""
         shared = f", {self.ranks} ranks with {_bytes(self.reduced_bytes)} reduced" if self.ranks > 1 else ""
         phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.seconds.items())
-        options = (self.config.get(key) for key in ("method", "direction", "scale", "offset", "estimator"))
+        options = (self.config.get(key) for key in ("method", "start", "direction", "scale", "estimator"))
         return [
             total,
             f"{self.micro_batches} micro-batches{left_out}, state {_bytes(self.state_bytes)}{shared}, "

@@ -94,27 +94,6 @@ def check_layers(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
             )
 
 
-def follow_names(model: nn.Module) -> None:
-    """Tell FSDP2 the names that its parameters have now; it puts them back on their modules by name.
-
-    Raises:
-        RuntimeError: this version of torch keeps its books otherwise.
-    """
-    for unit in _fsdp2(model):
-        try:
-            state = unit._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            for parameter in (parameter for group in groups if group is not None for parameter in group.fsdp_params):
-                info, own = parameter._module_info, parameter._module_info.module._parameters
-                if own.get(info.param_name) is not parameter.sharded_param:
-                    info.param_name = next(name for name, value in own.items() if value is parameter.sharded_param)
-        except (AttributeError, StopIteration) as error:
-            raise RuntimeError(
-                f"This version of torch does not let FSDP2's parameters be renamed ({error!r}); call fast_init before "
-                "fully_shard, or use offset='zero-b'."
-            ) from error
-
-
 def filled(like: Any, value: Tensor) -> Tensor:
     """`value`, which all ranks have, distributed as `like` is; no communication."""
     if not is_distributed(like) or is_distributed(value):

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from loraga.config import InitConfig
 from loraga.estimation import Estimation
-from loraga.report import INITIALISED, ORDINARY, InitReport, LayerReport, effective_rank
+from loraga.report import INITIALISED, ORDINARY, TIED, InitReport, LayerReport, effective_rank
 
 
 class Target(Protocol):
@@ -68,6 +68,7 @@ def _layer_report(target: Target, estimation: Estimation) -> LayerReport:
         status=ORDINARY if reason else INITIALISED,
         reason=reason,
         spectrum=spectrum,
+        directions=0 if reason else len(spectrum),
         captured_energy=captured,
         effective_rank=effective_rank(spectrum),
         updates=updates - skipped,
@@ -77,8 +78,9 @@ def _layer_report(target: Target, estimation: Estimation) -> LayerReport:
 
 def warn_about(report: InitReport, stacklevel: int) -> None:
     """Name the layers that the gradient did not start, and micro-batches left out."""
-    if report.ordinary:
-        warn_of_ordinary({layer.name: layer.reason for layer in report.ordinary}, stacklevel + 1)
+    ordinary = {layer.name: layer.reason for layer in report.ordinary if layer.reason != TIED}
+    if ordinary:
+        warn_of_ordinary(ordinary, stacklevel + 1)
     if report.skipped_batches:
         warnings.warn(skipped(report) + "; loraga_report says at which layers.", stacklevel=stacklevel)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -16,13 +18,100 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from loraga.halves import ShiftedDict
 from loraga.integrations._offloaded import is_offloaded, loaded, lost_to_offload, without_storage
 from loraga.integrations._targets import INNER_PREFIX, is_linear_like
-from loraga.offsets import AdapterSlot, Shifted, can_halve, trained
 from loraga.quiet import is_packed_for_inference
-from loraga.sharding import is_distributed
+from loraga.report import TIED
+from loraga.sharding import gathered, is_distributed
 from loraga.sink import WholeWeight, weight_matrix
+
+# starts of PEFT's that change the base weights when an adapter is made
+_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq")
+# what PEFT holds A and B in, of layers that loraga can start
+_HOLDERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ParameterDict)
+
+
+@dataclass(frozen=True)
+class AdapterSlot:
+    """One target layer with the adapter that belongs to it.
+
+    Attributes:
+        name (`str`): module name of the target in the base model, as PEFT matches it; with the parameter's name behind
+            it where PEFT adapts a parameter (`target_parameters`).
+        layer (`nn.Module`): PEFT's layer around the target.
+        base_layer (`nn.Module`): the target itself.
+        transposed (`bool`): the target stores W as (n, m), as transformers' `Conv1D` does.
+        lora_A (`nn.Module`): holds A, (rank, n): a linear layer, a convolution whose weight is A reshaped, or the
+            `ParameterDict` of an embedding.
+        lora_B (`nn.Module`): holds B, (m, rank), likewise.
+        rank (`int`): r, of each expert.
+        scaling (`float`): PEFT's s.
+        growth (`float`): by how much s grows when the rank is halved and alpha stays: 2, or √2 with rsLoRA.
+        shape (`tuple[int, int]`): (m, n) = (out_features, in_features) of the target, of each expert.
+        key (`str`): what A and B are called in the modules that hold them.
+        experts (`int`): so many matrices lie in the target. A holds theirs one behind the other, (experts rank, n); in
+            B, (m, rank experts), the expert is the faster index of the columns. `start_of` and reports know each expert
+            by itself, see `parts`.
+        part (`int`): which expert this is, in one of the `parts`.
+        whole (`WholeWeight`, *optional*): the target's weight, where autograd has to form its gradient.
+        path (`str`): module name of `layer` in the base model.
+    """
+
+    name: str
+    layer: Any
+    base_layer: Any
+    transposed: bool
+    lora_A: Any
+    lora_B: Any
+    rank: int
+    scaling: float
+    growth: float
+    shape: tuple[int, int]
+    key: str = "weight"
+    experts: int = 1
+    part: int = 0
+    whole: WholeWeight | None = None
+    path: str = ""
+
+    @property
+    def A(self) -> nn.Parameter:
+        """A as PEFT holds it now."""
+        return self.lora_A.get_parameter(self.key)
+
+    @property
+    def B(self) -> nn.Parameter:
+        """B as PEFT holds it now."""
+        return self.lora_B.get_parameter(self.key)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The target's weight as it is stored."""
+        return self.base_layer.weight if self.whole is None else self.whole.value
+
+    @property
+    def if_zero(self) -> str:
+        """What a gradient of zero means here."""
+        return "gradient is zero" if self.experts == 1 else "no token reached this expert"
+
+    def parts(self) -> list[AdapterSlot]:
+        """One for each matrix in the target."""
+        if self.whole is None or self.experts == 1:
+            return [self]
+        return [replace(self, name=name, part=index) for index, name in enumerate(self.whole.parts(self.name))]
+
+    def matrices(self, A: torch.Tensor, B: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A and B as PEFT holds them, of any rank, as views (rank, n) and (m, rank) for each of the `parts`."""
+        if self.experts == 1:
+            return [(A.flatten(1), B.flatten(1))]
+        return list(zip(A.unflatten(0, (self.experts, -1)), B.unflatten(1, (-1, self.experts)).unbind(2), strict=True))
+
+    def held(self, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inverse of `matrices`."""
+        if self.experts > 1:
+            return torch.cat([A for A, _ in parts]), torch.stack([B for _, B in parts], dim=2).flatten(1)
+        ((A, B),) = parts
+        sizes, ones = self.A.shape[2:], self.B.shape[2:]
+        return A.unflatten(1, (-1, *sizes)) if sizes else A, B.reshape(*B.shape, *ones)
 
 
 def check_is_lora(peft_model: PeftModel, adapter_name: str) -> None:
@@ -40,11 +129,12 @@ def check_adapter(peft_model: PeftModel, adapter_name: str) -> None:
 
     Raises:
         TypeError: the adapter is of another kind than LoRA.
-        ValueError: there is no such adapter, adapters are merged, the base weights were changed by
-            `offset="subtract"`, or a layer is on the meta device together with its adapter.
+        ValueError: there is no such adapter, adapters are merged, the adapter's first start changed the base weights,
+            or a layer is on the meta device together with its adapter.
     """
     check_is_lora(peft_model, adapter_name)
-    _check_base_is_original(peft_model)
+    check_not_merged(peft_model)
+    _check_base_is_original(peft_model, adapter_name)
     for name, module in peft_model.named_modules():
         if isinstance(module, LoraLayer) and without_storage(module, adapter_name):
             _check_can_have_storage(short_name(name), module, adapter_name)
@@ -76,14 +166,18 @@ def check_not_merged(model: nn.Module) -> None:
             )
 
 
-def _check_base_is_original(model: nn.Module) -> None:
-    check_not_merged(model)
-    for name, module in model.named_modules():
-        if isinstance(module, (Shifted, ShiftedDict)):
-            raise ValueError(
-                f"Layer {short_name(name)!r} was initialised with offset='subtract', so the base weights are not the "
-                "original ones. Call loraga.restore_base(model) first, or load the base model again."
-            )
+def _check_base_is_original(peft_model: PeftModel, adapter_name: str) -> None:
+    """Raise `ValueError` if PEFT took this adapter's first start off the base weights."""
+    start = str(peft_model.peft_config[adapter_name].init_lora_weights).lower()
+    changed = start.startswith(_CHANGE_THE_BASE)
+    if start == "lora_ga":  # PEFT changes the base only where preprocess_loraga has left a gradient
+        slots, _ = find_slots(peft_model, adapter_name)
+        changed = not all(is_fresh(slot) for slot in slots)
+    if changed:
+        raise ValueError(
+            f"Adapter {adapter_name!r} was made with init_lora_weights={start!r}, which changes the base weights. Load "
+            "the base model again and make the adapter with init_lora_weights=True."
+        )
 
 
 def short_name(name: str) -> str:
@@ -120,7 +214,7 @@ def find_slots(peft_model: PeftModel, adapter_name: str) -> tuple[list[AdapterSl
             continue
         reason = _why_not(layer, adapter_name)
         if reason is None and name.rpartition(".")[2] in tied:
-            reason = "its adapter is tied to the embedding's"
+            reason = TIED
         if reason is None:
             slots.append(slot_of(name, layer, adapter_name))
         else:
@@ -147,7 +241,7 @@ def _why_not(layer: LoraLayer, adapter_name: str) -> str | None:
     if variant is not None and not type(variant).__name__.startswith("DoraLinear"):
         return f"{type(variant).__name__} changes what a LoRA layer computes"
     for holder in _holders(layer, adapter_name)[:2]:
-        if not can_halve(holder):
+        if type(holder) not in _HOLDERS:
             return f"its adapter is made of {type(holder).__name__}"
     return None
 
@@ -194,7 +288,7 @@ def _holders(layer: LoraLayer, adapter_name: str) -> tuple[nn.Module, nn.Module,
 def slot_of(name: str, layer: LoraLayer, adapter_name: str) -> AdapterSlot:
     """One layer of an adapter, of a kind loraga can initialise."""
     lora_A, lora_B, key = _holders(layer, adapter_name)
-    A, B = trained(lora_A, key), trained(lora_B, key)
+    A, B = lora_A.get_parameter(key), lora_B.get_parameter(key)
     base, wrapper = layer.get_base_layer(), _is_wrapper(layer)
     whole = None
     if wrapper or not is_linear_like(base):
@@ -203,7 +297,7 @@ def slot_of(name: str, layer: LoraLayer, adapter_name: str) -> AdapterSlot:
         whole = WholeWeight(base, _parameter_name(layer), stacked, transposed)
     experts = layer.num_experts if wrapper else 1
     return AdapterSlot(
-        name=f"{name.replace('.base_layer', '')}.{layer.parameter_name}" if wrapper else name,
+        name=name_in_patterns(name, layer),
         layer=layer,
         base_layer=base,
         transposed=bool(getattr(layer, "fan_in_fan_out", False)) if whole is None else whole.transposed,
@@ -211,6 +305,7 @@ def slot_of(name: str, layer: LoraLayer, adapter_name: str) -> AdapterSlot:
         lora_B=lora_B,
         rank=A.shape[0] // experts,
         scaling=layer.scaling[adapter_name],
+        growth=math.sqrt(2) if layer.use_rslora[adapter_name] else 2.0,
         shape=(B.shape[0], math.prod(A.shape[1:])),
         key=key,
         experts=experts,
@@ -219,28 +314,14 @@ def slot_of(name: str, layer: LoraLayer, adapter_name: str) -> AdapterSlot:
     )
 
 
-def ranks_and_alphas(peft_model: PeftModel, adapter_name: str, names: Iterable[str]) -> dict[str, tuple[int, float]]:
-    """PEFT's r and alpha of layers of an adapter, by the name that PEFT matches with `rank_pattern`."""
-    found = {}
-    for name in names:
-        layer = peft_model.base_model.model.get_submodule(name)
-        parameter = getattr(layer, "parameter_name", None)
-        key = f"{name.replace('.base_layer', '')}.{parameter}" if parameter else name
-        found[key] = layer.r[adapter_name], layer.lora_alpha[adapter_name]
-    return found
+def name_in_patterns(path: str, layer: LoraLayer) -> str:
+    """What PEFT matches with `rank_pattern` of a layer at `path` in the base model."""
+    return f"{path.replace('.base_layer', '')}.{layer.parameter_name}" if _is_wrapper(layer) else path
 
 
-def quantized(base: nn.Module) -> bool:
-    """Whether a target's weight is stored in a form that cannot simply be added to."""
-    weight = getattr(base, "weight", None)
-    if not isinstance(weight, torch.Tensor) or any(hasattr(base, name) for name in ("qweight", "W_q", "quant_state")):
-        return True
-    if not weight.is_floating_point() or weight.element_size() < 2 or weight.ndim != 2:
-        return True
-    if any(hasattr(weight, name) for name in ("quant_state", "CB", "SCB", "tensor_impl", "block_size", "qdata")):
-        return True
-    # any other tensor subclass with arithmetic of its own, such as torchao's; plain Parameters are fine
-    return type(weight) not in (nn.Parameter, torch.Tensor) and type(weight).__module__.split(".")[0] != "torch"
+def is_fresh(slot: AdapterSlot) -> bool:
+    """Whether the adapter changes nothing, as PEFT's ordinary start does: A or B is zero."""
+    return any(value.is_meta or not gathered(value.detach()).any() for value in (slot.A, slot.B))
 
 
 def dequantized(base: nn.Module) -> torch.Tensor | None:
@@ -278,10 +359,9 @@ def adapters_disabled(peft_model: nn.Module) -> Iterator[None]:
     """The base model's own function for the time of the context; `requires_grad` is not touched.
 
     Raises:
-        ValueError: an adapter is merged, the base weights were changed by `offset="subtract"`, or a layer has no
-            backward.
+        ValueError: an adapter is merged, or a layer has no backward.
     """
-    _check_base_is_original(peft_model)
+    check_not_merged(peft_model)
     check_backward(peft_model)
     switches = [m for m in peft_model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     before = [module._disable_adapters for module in switches]

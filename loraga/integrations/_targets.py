@@ -16,14 +16,13 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from transformers.pytorch_utils import Conv1D
 
+from loraga.integrations._config import ORDINARY_STARTS, plain_start
 from loraga.integrations._offloaded import give_storage, lost_to_offload
 from loraga.sink import weight_matrix
 from loraga.snapshot import snapshot
 
 # module names inside a PeftModel start with this
 INNER_PREFIX = "base_model.model."
-# the ordinary starts that PEFT may give layers which we do not initialise
-_ORDINARY_STARTS = (True, "gaussian")
 # wrappers that take stock of a model's parameters or rename them, and where the model is inside
 _WRAPPERS = {nn.DataParallel: "module", nn.parallel.DistributedDataParallel: "module", OptimizedModule: "_orig_mod"}
 
@@ -87,7 +86,8 @@ def inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) 
 
     Args:
         model (`nn.Module`): without adapters.
-        lora_config (`LoraConfig`, *optional*): not changed; `None` means r 8, alpha 16, rsLoRA, all linear layers.
+        lora_config (`LoraConfig`, *optional*): not changed; `None` means r 16, alpha 64, all linear layers: the
+            scaling of rsLoRA with alpha 16, written so that every reader of adapters understands it.
         adapter_name (`str`): its name.
 
     Raises:
@@ -105,7 +105,7 @@ def inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) 
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("This model carries PEFT layers already; pass the PeftModel around it, or unload() it first.")
     if lora_config is None:
-        lora_config = LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear")
+        lora_config = LoraConfig(r=16, lora_alpha=64, target_modules="all-linear")
     if not isinstance(lora_config, LoraConfig):
         raise TypeError(f"lora_config must be a peft.LoraConfig, not {type(lora_config).__name__}.")
     config = _ordinary(lora_config)
@@ -132,18 +132,16 @@ def inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) 
 
 def _ordinary(lora_config: LoraConfig) -> LoraConfig:
     """A copy of the user's config whose injection neither reads gradients nor touches base weights."""
-    config = copy.deepcopy(lora_config)
-    start = config.init_lora_weights
-    if start not in _ORDINARY_STARTS:
-        if start not in (False, "lora_ga"):
-            warnings.warn(
-                f"init_lora_weights={start!r} is left aside: loraga sets the start of this adapter. Leave it out of "
-                "the LoraConfig, or use get_peft_model for that start.",
-                stacklevel=4,
-            )
+    start = lora_config.init_lora_weights
+    if start not in (*ORDINARY_STARTS, "lora_ga"):
+        warnings.warn(
+            f"init_lora_weights={start!r} is left aside: loraga sets the start of this adapter. Leave it out of "
+            "the LoraConfig, or use get_peft_model for that start.",
+            stacklevel=4,
+        )
+    config = plain_start(copy.deepcopy(lora_config))
+    if not config.init_lora_weights:  # layers that the gradient does not start have to start somewhere
         config.init_lora_weights = True
-    if getattr(config, "lora_ga_config", None) is not None:
-        config.lora_ga_config = None
     return config
 
 

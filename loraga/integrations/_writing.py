@@ -2,175 +2,147 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 
-from loraga import offsets, recipes
-from loraga.config import OFFSETS, InitConfig, check_choice
+from loraga import starts
+from loraga.config import InitConfig
 from loraga.factors import Factors
-from loraga.integrations._config import TwoHalvesConfig, alpha_factor, double_rank, plain_start
+from loraga.integrations._config import plain_start
 from loraga.integrations._offloaded import give_storage, home_of
 from loraga.integrations._slots import (
+    AdapterSlot,
     base_weight,
     check_adapter,
-    check_not_merged,
     dequantized,
     find_slots,
-    quantized,
-    ranks_and_alphas,
-    short_name,
+    is_fresh,
 )
-from loraga.integrations._targets import embeddings_of
 from loraga.linalg import seed_of, truncated_svd
-from loraga.offsets import AdapterSlot, Anchored, Kind, Shifted, halved, trained
-from loraga.sharding import follow_names, is_distributed, is_sharded
+from loraga.quiet import rng_untouched
+from loraga.sharding import filled, gathered, is_distributed, is_sharded
 from loraga.snapshot import structure, tensors
-
-Start = tuple[torch.Tensor, torch.Tensor]
-
-_WRITERS = {
-    "anchor": offsets.write_anchor,
-    "subtract": offsets.write_subtract,
-    "zero-b": offsets.write_zero_b,
-    "none": offsets.write_none,
-}
-_KINDS: dict[str, Kind] = {"anchor": Anchored, "subtract": Shifted}
+from loraga.starts import Start
 
 
 def start_of(slot: AdapterSlot, factors: Factors, init: InitConfig, seed: int) -> Start:
-    """A0 (r, n) and B0 (m, r) of one layer, or one of a slot's `parts`; see `recipes.start`."""
+    """The start of one layer, or of one of a slot's `parts`; see `starts.start`."""
     sigma = None
     if init.method == "lora-ga" and init.scale == "weight-svd":
         if is_distributed(getattr(slot.base_layer, "weight", None)):
             raise ValueError(
                 f"scale='weight-svd' needs the whole weight of {slot.name!r}, which is sharded; use scale='stable'."
             )
-        sigma = truncated_svd(base_weight(slot), slot.rank, seed=seed_of(seed, slot.name)).S
-    return recipes.start(factors, slot.rank, init, scaling=slot.scaling, name=slot.name, seed=seed, weight_sigma=sigma)
+        sigma = truncated_svd(base_weight(slot), min(slot.rank, *slot.shape), seed=seed_of(seed, slot.name)).S
+    return starts.start(
+        factors,
+        slot.rank,
+        init,
+        scaling=slot.scaling,
+        growth=slot.growth,
+        name=slot.name,
+        seed=seed,
+        weight_sigma=sigma,
+    )
 
 
 def write_start(
     peft_model: PeftModel,
     adapter_name: str,
     starts: Mapping[str, Start],
-    offset: str,
     *,
+    seed: int = 0,
     confirm: Callable[[], object] = lambda: None,
 ) -> None:
     """Give the layers of an adapter their start; all of them, or none if anything fails.
 
-    With `"subtract"` the base weights change; while it runs, a copy of them is held in host memory.
+    Numbers are written into the A and B that PEFT made, and nothing else is changed. What a start leaves of a layer's
+    rows, and layers without one, are ordinary LoRA: as PEFT made them, or drawn anew where they were trained.
 
     Args:
         peft_model (`PeftModel`): holds the adapter.
         adapter_name (`str`): its name.
-        starts (`dict[str, tuple[Tensor, Tensor]]`): A0 (r, n) and B0 (m, r) by the name of each of a slot's `parts`.
-            Those that are missing stay an ordinary LoRA.
-        offset (`str`): `"anchor"`, `"subtract"`, `"zero-b"` or `"none"`.
+        starts (`dict[str, tuple[Tensor, Tensor]]`): A (k, n) and B (m, k), k <= r, by the name of each of a slot's
+            `parts`.
+        seed (`int`): of rows that are drawn anew.
         confirm (callable): called when all is written; if it raises, nothing was.
 
     Raises:
-        ValueError: the adapter cannot be initialised (see `check_adapter`), the offset does not go with the model
-            (see `check_offset`), or a name, shape or value in `starts` does not fit.
+        ValueError: the adapter cannot be initialised (see `check_adapter`), or a name, shape or value in `starts` does
+            not fit.
     """
     check_adapter(peft_model, adapter_name)
-    check_offset(peft_model, adapter_name, offset)
     slots, unsupported = find_slots(peft_model, adapter_name)
     _check_starts(slots, starts)
     _check_in_memory(peft_model, adapter_name, unsupported)
-    if offset == "subtract":
-        _warn_of_dropout(slots, adapter_name)
+    check_magnitudes(peft_model, adapter_name, slots)
     config = peft_model.peft_config[adapter_name]
-    undo = _remember(slots, adapter_name, base_too=offset == "subtract")
+    undo = _remember(slots, adapter_name)
     try:
-        plain = plain_start(config)
         for slot in slots:
-            _make_plain(slot, adapter_name, alpha_factor(plain))
-            if any(part.name in starts for part in slot.parts()):
-                _reset_magnitude(slot, adapter_name)
-                _WRITERS[offset](slot, *_start_held(slot, starts))
-            elif offset in _KINDS:
-                offsets.freeze_nothing(slot, _KINDS[offset])
-        if offset == "anchor":
-            for slot in slots:
-                _set_rank(slot, adapter_name, 2, alpha_factor(plain))
-        if offset in _KINDS:
-            kept = ranks_and_alphas(peft_model, adapter_name, unsupported)
-            plain = double_rank(plain, offset, {slot.name: slot.rank for slot in slots}, kept)
-        peft_model.peft_config[adapter_name] = plain
-        follow_names(peft_model)
+            write_slot(slot, adapter_name, starts, seed)
+        peft_model.peft_config[adapter_name] = plain_start(config)
         confirm()
     except BaseException:
         for restore in undo:
             restore()
-        follow_names(peft_model)
         peft_model.peft_config[adapter_name] = config
         raise
 
 
-def restore_base(peft_model: PeftModel, adapter_name: str = "default") -> None:
-    """Give the base model its weights back after `offset="subtract"`, by turning the adapter into `anchor`.
-
-    The model's function stays what it is. The weights come back to within rounding of their dtype, not bit for bit;
-    for the very same bits load the base model again. Call this before `unload()`, `delete_adapter()` or
-    `disable_adapter()`, which otherwise leave the shifted weights. The trained parameters stay the same objects.
-
-    Args:
-        peft_model (`PeftModel`): holds the adapter.
-        adapter_name (`str`): its name.
-
-    Raises:
-        ValueError: the adapter was not initialised with `"subtract"`, adapters are merged, or the model is sharded.
-    """
-    config = peft_model.peft_config.get(adapter_name)
-    if not isinstance(config, TwoHalvesConfig) or getattr(config, "offset", None) != "subtract":
-        raise ValueError(f"Adapter {adapter_name!r} was not initialised with offset='subtract'; nothing to restore.")
-    check_not_merged(peft_model)
-    if is_sharded(peft_model):
-        raise ValueError("The weights of this model are sharded; call restore_base before fully_shard.")
-    slots = [slot for slot in find_slots(peft_model, adapter_name)[0] if halved(slot, Shifted)]
-    undo = _remember(slots, adapter_name, base_too=True)
-    try:
-        for slot in slots:
-            offsets.unshift(slot)
-            _set_rank(slot, adapter_name, 2, alpha_factor(config))
-        config.offset = "anchor"
-    except BaseException:
-        for restore in undo:
-            restore()
-        raise
+def write_slot(slot: AdapterSlot, adapter_name: str, starts: Mapping[str, Start], seed: int) -> None:
+    """Write the start of one layer, and what belongs to it."""
+    started = any(part.name in starts for part in slot.parts())
+    missing, fresh = slot.A.is_meta, is_fresh(slot)
+    with rng_untouched():
+        torch.random.default_generator.manual_seed(seed_of(seed, slot.name))
+        if missing:  # PEFT made it without storage (`low_cpu_mem_usage`, offload)
+            give_storage(slot.layer, adapter_name)
+            magnitude = _magnitude(slot, adapter_name)
+            if magnitude is not None:
+                magnitude.to_empty(device=home_of(slot.base_layer))
+        elif not fresh:
+            slot.layer.reset_lora_parameters(adapter_name, True)
+    if started or missing or not fresh:
+        _reset_magnitude(slot, adapter_name)
+    if started:
+        fill(slot, starts)
 
 
-def _start_held(slot: AdapterSlot, starts: Mapping[str, Start]) -> Start:
-    """A0 and B0 as PEFT holds them; an expert without a start keeps the A it has, and zero as its B."""
-    if slot.experts == 1:
-        return slot.held([starts[slot.name]])
-    ordinary = slot.matrices(trained(slot.lora_A, slot.key).detach(), trained(slot.lora_B, slot.key).detach())
-    parts = [
-        starts.get(part.name, (A, torch.zeros_like(B))) for part, (A, B) in zip(slot.parts(), ordinary, strict=True)
-    ]
-    return slot.held([(A.to(ordinary[0][0]), B.to(ordinary[0][1])) for A, B in parts])
+def fill(slot: AdapterSlot, starts: Mapping[str, Start]) -> None:
+    """Write the start of each of a slot's `parts` over the first rows of A and columns of B."""
+    with torch.no_grad():
+        for parameter, value in zip((slot.A, slot.B), _values(slot, starts), strict=True):
+            parameter.copy_(filled(parameter, value))
 
 
-def _remember(slots: list[AdapterSlot], adapter_name: str, base_too: bool) -> tuple[Callable[[], None], ...]:
+def _values(slot: AdapterSlot, starts: Mapping[str, Start]) -> Start:
+    """A and B as PEFT holds them: rows of the start first, then those that PEFT made."""
+    parts = slot.parts()
+    if all(part.name in starts and len(starts[part.name][0]) == slot.rank for part in parts):
+        return slot.held([starts[part.name] for part in parts])
+    made = slot.matrices(gathered(slot.A.detach()), gathered(slot.B.detach()))
+    values = []
+    for part, (A, B) in zip(parts, made, strict=True):
+        A0, B0 = starts.get(part.name, (A[:0], B[:, :0]))
+        A = torch.cat([A0.to(A), A[len(A0) :]])
+        values.append((A, torch.cat([B0.to(B), B[:, len(A0) :]], dim=1)))
+    return slot.held(values)
+
+
+def _remember(slots: list[AdapterSlot], adapter_name: str) -> tuple[Callable[[], None], ...]:
     """What puts these layers back, values and structure."""
     modules: list[nn.Module] = []
-    values: list[torch.Tensor] = []
     for slot in slots:
-        parts: list[nn.Module] = [slot.lora_A, slot.lora_B]
         magnitude = _magnitude(slot, adapter_name)
-        if magnitude is not None:
-            parts.append(magnitude)
-        modules += [slot.layer, *parts]
-        values += [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
-        if base_too:
-            values.append(slot.weight)
+        modules += [slot.layer, slot.lora_A, slot.lora_B, *([] if magnitude is None else [magnitude])]
+    holders = [module for slot in slots for module in (slot.lora_A, slot.lora_B)]
+    magnitudes = [m for slot in slots if (m := _magnitude(slot, adapter_name)) is not None]
+    values = [parameter for module in (*holders, *magnitudes) for parameter in module.parameters()]
     # values last: by then the parameters are where they were
     return structure(modules), tensors(values)
 
@@ -182,10 +154,11 @@ def _check_starts(slots: list[AdapterSlot], starts: Mapping[str, Start]) -> None
         if slot is None:
             raise ValueError(f"There is a start for {name!r}, which is no layer of this adapter that can have one.")
         (m, n), r = slot.shape, slot.rank
-        if A0.shape != (r, n) or B0.shape != (m, r):
+        k = len(A0)
+        if k > r or A0.shape != (k, n) or B0.shape != (m, k):
             raise ValueError(
                 f"The start of {name!r} has shapes {tuple(A0.shape)} and {tuple(B0.shape)}; its adapter needs "
-                f"A ({r}, {n}) and B ({m}, {r})."
+                f"A (k, {n}) and B ({m}, k) with k at most {r}."
             )
         if not (torch.isfinite(A0).all() and torch.isfinite(B0).all()):
             raise ValueError(f"The start of {name!r} has NaN or Inf in it.")
@@ -202,122 +175,15 @@ def _check_in_memory(peft_model: PeftModel, adapter_name: str, others: Iterable[
             )
 
 
-def check_offset(peft_model: PeftModel, adapter_name: str, offset: str) -> None:
-    """Raise `ValueError` unless `offset` can be applied to this adapter.
-
-    All but `"subtract"` can, except to DoRA in a sharded model.
-    `"subtract"` needs base weights that are not quantized, sharded, shared with another module, used by other adapters,
-    or those of the model's input or output embeddings, which PEFT saves. The message names the layer and the offsets
-    that work.
-    """
-    check_choice("offset", offset, OFFSETS)
-    slots = find_slots(peft_model, adapter_name)[0]
-    if is_sharded(peft_model):
-        _check_sharded(slots, adapter_name, offset)
-    if offset == "subtract":
-        check_alone(peft_model.peft_config, adapter_name)
-        check_not_quantized({slot.name: slot.base_layer for slot in slots if slot.whole is None})
-        check_not_shared(peft_model, {slot.name: slot.weight for slot in slots})
-        _check_not_saved_by_peft(peft_model, slots)
-
-
-def _check_not_saved_by_peft(peft_model: PeftModel, slots: list[AdapterSlot]) -> None:
-    """PEFT writes the weights of input and output embeddings into a saved adapter where they are targets or resized."""
-    saved = embeddings_of(peft_model.base_model.model)
-    for slot in slots:
-        if any(slot.base_layer is module for module in saved):
-            raise ValueError(
-                f"offset='subtract' does not go with {slot.name!r}: PEFT saves the weights of input and output "
-                "embeddings with the adapter, and those would be the changed ones. Use offset='anchor' or 'zero-b', "
-                "or leave the layer out."
-            )
-
-
-def _check_sharded(slots: list[AdapterSlot], adapter_name: str, offset: str) -> None:
-    if offset == "subtract":
-        raise ValueError(
-            "offset='subtract' does not change the weights of a sharded model; use offset='anchor' or 'zero-b', or "
-            "initialise before fully_shard."
-        )
+def check_magnitudes(peft_model: PeftModel, adapter_name: str, slots: Iterable[AdapterSlot]) -> None:
+    """Raise `ValueError` if a DoRA magnitude would have to be computed from a sharded weight."""
+    if not is_sharded(peft_model):
+        return
     for slot in slots:
         if _magnitude(slot, adapter_name) is not None:
             raise ValueError(
                 f"The DoRA magnitude of {slot.name!r} is the norm of a sharded weight; initialise before fully_shard."
             )
-
-
-def check_alone(adapter_names: Iterable[str], adapter_name: str) -> None:
-    """Raise `ValueError` if `"subtract"` for one adapter would change what another computes."""
-    others = [name for name in adapter_names if name != adapter_name]
-    if others:
-        raise ValueError(
-            f"offset='subtract' changes the base weights, and with them what adapter {others[0]!r} beside "
-            f"{adapter_name!r} computes. Use offset='anchor' or 'zero-b', which leave the base as it is."
-        )
-
-
-def check_subtractable(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
-    """Raise `ValueError` unless the weight of every linear layer can be added to without changing anything else."""
-    check_not_quantized(targets)
-    check_not_shared(model, {name: cast(torch.Tensor, module.weight) for name, module in targets.items()})
-
-
-def check_not_quantized(targets: Mapping[str, nn.Module]) -> None:
-    """Raise `ValueError` if the weight of a linear layer cannot simply be added to."""
-    for name, module in targets.items():
-        if quantized(module):
-            raise ValueError(
-                f"offset='subtract' cannot change the quantized weight of {name!r} ({type(module).__name__}). Use "
-                "offset='anchor' or 'zero-b', which leave it as it is."
-            )
-
-
-def check_not_shared(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Raise `ValueError` if a weight is another layer's, too, or not in memory."""
-    owners = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.is_meta and parameter.numel():
-            owners[parameter.device, parameter.data_ptr()].append(short_name(name))
-    for name, weight in weights.items():
-        if weight.is_meta:
-            raise ValueError(
-                f"offset='subtract' cannot change the weight of {name!r}, which is offloaded or not loaded yet. Use "
-                "offset='anchor' or 'zero-b', which leave it as it is."
-            )
-        names = owners[weight.device, weight.data_ptr()]
-        if len(names) > 1:
-            raise ValueError(
-                f"offset='subtract' cannot change the weight of {names[0]!r} alone: {names[1]!r} shares it. Exclude "
-                "one (exclude_modules) or use offset='anchor', which leaves the base as it is."
-            )
-
-
-def _warn_of_dropout(slots: list[AdapterSlot], adapter_name: str) -> None:
-    rate = max((getattr(slot.layer.lora_dropout[adapter_name], "p", 0.0) for slot in slots), default=0.0)
-    if rate:
-        warnings.warn(
-            f"offset='subtract' with lora_dropout={rate}: in training mode, what was subtracted from the base and what "
-            "the adapter adds do not cancel under dropout. Use lora_dropout=0 or offset='anchor'.",
-            stacklevel=4,
-        )
-
-
-def _make_plain(slot: AdapterSlot, adapter_name: str, factor: float) -> None:
-    """Undo an earlier anchor, and give weights to an adapter that PEFT made without (`low_cpu_mem_usage`, offload)."""
-    if halved(slot, Anchored):
-        offsets.drop_anchor(slot)
-        _set_rank(slot, adapter_name, 1, 1 / factor)
-    if trained(slot.lora_A, slot.key).is_meta:
-        give_storage(slot.layer, adapter_name)
-        magnitude = _magnitude(slot, adapter_name)
-        if magnitude is not None:
-            magnitude.to_empty(device=home_of(slot.base_layer))
-            _reset_magnitude(slot, adapter_name)
-
-
-def _set_rank(slot: AdapterSlot, adapter_name: str, times: int, alpha_times: float) -> None:
-    slot.layer.r[adapter_name] = times * slot.rank
-    slot.layer.lora_alpha[adapter_name] *= alpha_times
 
 
 def _magnitude(slot: AdapterSlot, adapter_name: str) -> Any:

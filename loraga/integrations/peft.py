@@ -7,34 +7,29 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from loraga.integrations._files import attach_anchor, export_adapter
-from loraga.integrations._slots import adapters_disabled, base_weight, check_adapter, find_slots, quantized
+from loraga.integrations._export import export_adapter
+from loraga.integrations._slots import AdapterSlot, adapters_disabled, base_weight, check_adapter, find_slots
 from loraga.integrations._targets import find_target_names, inject, inner_model, is_linear_like
-from loraga.integrations._writing import check_offset, restore_base, start_of, write_start
+from loraga.integrations._writing import check_magnitudes, start_of, write_start
 from loraga.integrations.plugin import apply_to_peft, restore_peft
-from loraga.resume import watch_optimizers
 from loraga.snapshot import snapshot
 
 __all__ = [
+    "AdapterSlot",
     "PeftModel",
     "adapters_disabled",
     "apply_to_peft",
-    "attach_anchor",
     "base_weight",
     "check_adapter",
-    "check_offset",
+    "check_magnitudes",
     "export_adapter",
     "find_slots",
     "find_target_names",
     "inject",
     "inner_model",
     "is_linear_like",
-    "quantized",
-    "restore_base",
     "restore_peft",
     "snapshot",
     "start_of",
     "write_start",
 ]
-
-watch_optimizers()

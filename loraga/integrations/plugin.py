@@ -13,31 +13,29 @@ import importlib
 import inspect
 import os
 import pickle
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, cast
 
 import peft
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loraga import offsets, recipes, summary
+from loraga import starts, summary
 from loraga._version import release_of
 from loraga.config import InitConfig, check_choice
 from loraga.distributed import Ranks
 from loraga.estimation import estimate_step
 from loraga.factors import Factors
-from loraga.integrations._slots import slot_of
-from loraga.integrations._targets import find_targets
-from loraga.integrations._writing import check_alone, check_subtractable, start_of
+from loraga.integrations._slots import adapters_disabled, slot_of
+from loraga.integrations._targets import INNER_PREFIX, find_targets
+from loraga.integrations._writing import fill, start_of
 from loraga.linalg import seed_of, truncated_svd
 from loraga.report import InitReport
-from loraga.sharding import check_sharding, is_sharded
+from loraga.sharding import check_injectable, check_sharding
 from loraga.whole_files import written_whole
 
 # the releases whose LoRA-GA was read and run with the tests of this file
@@ -70,29 +68,31 @@ def apply_to_peft() -> None:
     `train_step` runs forward and backward as before, but no weight gradient is computed: each layer's gradient is
     followed by a sketch (see [`fast_init`]). Each backward call is one micro-batch of the mean.
 
-    What stays PEFT's: names and options; the rank; the place of every adapter; **base weights change** (W - s B A) and
-    `save_pretrained` writes an adapter for the changed base, so that loading it on the original one needs
-    `path_initial_model_for_weight_conversion`; a step that draws random numbers draws them from the global generators;
-    a cache file is trusted as far as its names, shapes and ranks go, whatever the data; an adapter made without
-    `preprocess_loraga` starts as an ordinary one. If you may change your code, `loraga.fast_init` leaves the base as it
-    is and needs no conversion.
+    What stays PEFT's: names and options; the rank; the place of every adapter; a step that draws random numbers draws
+    them from the global generators; a cache file is trusted as far as its names, shapes and ranks go, whatever the
+    data; an adapter made without `preprocess_loraga` starts as an ordinary one.
 
     What differs, on purpose:
+    - **No base weight changes.** The adapter is an ordinary LoRA that starts at the base's function
+      (`InitConfig(start="mirror")`), and what any trainer saves is right on the original base. The argument
+      `path_initial_model_for_weight_conversion` is not needed and does no harm. Quantized and tied weights and adapters
+      that are there already are no problem.
     - A and B start as in the paper and its official code: orthonormal singular vectors of the gradient times one
       scale. PEFT multiplies B by the singular values and leaves A unscaled, so that its start depends on the scale of
-      the loss. Its tests ask for neither.
+      the loss.
     - Seeded: the same input gives the same start. `"random"` takes disjoint directions for A and B. `Conv1D` has its
-      true size. A layer called twice is not halved. `"all-linear"` works.
+      true size. A layer called twice is not halved. `"all-linear"` works. A layer with few singular directions, such
+      as the head of a classifier, starts with those that it has.
     - The step finds the model without dropout and with BatchNorm at rest; it may call `model.train()`. Modes, `.grad`,
       `requires_grad`, buffers and hooks are as before afterwards, also when the step raises.
     - `_peft_loraga_grad` is a `SketchedGradient`: factors for the rank of the config, of the weight's `shape`. A larger
       rank needs another `preprocess_loraga`.
     - Where torch.distributed is initialised, every rank must call `preprocess_loraga`, each with batches of its own;
-      the mean is over all of them and the base changes alike on all ranks. If one raises, all do. Rank 0 writes the
-      cache file, and it is used where all ranks find it.
+      the mean is over all of them and all ranks get the same adapter. If one raises, all do. Rank 0 writes the cache
+      file, and it is used where all ranks find it.
     - Layers without a gradient are named in a warning, and in `model.loraga_report`.
-    - Refused with a clear error before the step runs: unknown options, 2r above a layer's size, quantized, shared or
-      sharded weights, adapters already there, `target_parameters`, `layer_replication`.
+    - Refused with a clear error before the step runs: unknown options, sharded weights, `target_parameters`,
+      `layer_replication`.
 
     Imports made earlier are served too, since `preprocess_loraga` is changed inside. What cannot be caught: PEFT's
     `estimate_gradients` imported by name before this call (its gradients are taken all the same), and copies of these
@@ -170,7 +170,8 @@ class SketchedGradient:
 
     Attributes:
         name (`str`): module name of the layer.
-        factors (`Factors`): U (m, 2r), S (2r,), Vh (2r, n) of the gradient (m, n) = (out_features, in_features).
+        factors (`Factors`): U (m, q), S (q,), Vh (q, n) of the gradient (m, n) = (out_features, in_features), with q
+            as `starts.triplets` says.
         shape (`torch.Size`): of the weight as the layer stores it, as the full gradient would have.
     """
 
@@ -192,12 +193,13 @@ class SketchedGradient:
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """A layer to be estimated: (m, n) and the adapter's r."""
+    """A layer to be estimated: (m, n), the adapter's r and the triplets that its start takes."""
 
     name: str
     module: nn.Module
     shape: tuple[int, int]
     rank: int
+    triplets: int
 
     @property
     def transposed(self) -> bool:
@@ -260,39 +262,27 @@ def _targets(model: nn.Module, lora_config: LoraConfig) -> list[_Target]:
         if getattr(lora_config, option, None):
             raise ValueError(f"PEFT's LoRA-GA does not go with {option}; leave it out, or use loraga.fast_init.")
     check_sharding(model)
-    if is_sharded(model):
-        raise ValueError(
-            "The weights of this model are sharded, and PEFT's LoRA-GA changes them. Call preprocess_loraga and "
-            "get_peft_model before fully_shard, or use loraga.fast_init, which leaves the base as it is."
-        )
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            "This model carries adapters already, and PEFT's LoRA-GA changes the base weights under them. Use "
-            "loraga.fast_init, which leaves the base as it is, or unload() the adapters."
-        )
+    check_injectable(model)
+    base, prefix = (model.base_model.model, INNER_PREFIX) if isinstance(model, PeftModel) else (model, "")
     try:
-        modules = find_targets(model, copy.copy(lora_config))
+        modules = find_targets(base, copy.copy(lora_config))
     except ValueError as error:
         raise ValueError(f"No supported layers found for LoRA-GA. {error}") from None
-    try:
-        check_subtractable(model, modules)
-    except ValueError as error:
-        raise ValueError(f"PEFT's LoRA-GA changes base weights. {error} (They are options of fast_init.)") from None
     targets = []
     for name, module in modules.items():
-        weight = cast(torch.Tensor, module.weight)
-        m, n = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
         patterns = lora_config.rank_pattern or {}
         rank = patterns.get(get_pattern_key(patterns.keys(), name), lora_config.r)
-        recipes.check_rank(name, (m, n), rank, init)
-        targets.append(_Target(name, module, (m, n), rank))
-    if lora_config.lora_dropout:
-        warnings.warn(
-            f"PEFT's LoRA-GA with lora_dropout={lora_config.lora_dropout}: in training mode, what was subtracted from "
-            "the base and what the adapter adds do not cancel under dropout. Use lora_dropout=0, or loraga.fast_init.",
-            stacklevel=_TO_CALLER - 1,
-        )
+        shape = _shape_of(module)
+        targets.append(_Target(prefix + name, module, shape, rank, starts.triplets(init, rank, shape)))
     return targets
+
+
+def _shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features), also of a weight that is packed."""
+    if isinstance(module, Conv1D):
+        n, m = module.weight.shape
+        return m, n
+    return module.out_features, module.in_features  # type: ignore[return-value]
 
 
 def _options(lora_ga_config: Any) -> InitConfig:
@@ -301,7 +291,6 @@ def _options(lora_ga_config: Any) -> InitConfig:
         direction=lora_ga_config.direction,
         scale=_SCALES[lora_ga_config.scale],
         stable_gamma=lora_ga_config.stable_gamma,
-        offset="subtract",
     )
 
 
@@ -309,15 +298,16 @@ def _estimate(
     model: nn.Module, lora_config: LoraConfig, targets: list[_Target], train_step: Callable[[], Any], ranks: Ranks
 ) -> tuple[_Found, InitReport]:
     init = _options(lora_config.lora_ga_config)
-    estimation = estimate_step(
-        model,
-        {target.name: target.module for target in targets},
-        {target.name: init.triplets(target.rank) for target in targets},
-        train_step,
-        init,
-        ranks,
-        seed=_SEED,
-    )
+    with adapters_disabled(model):
+        estimation = estimate_step(
+            model,
+            {target.name: target.module for target in targets},
+            {target.name: target.triplets for target in targets},
+            train_step,
+            init,
+            ranks,
+            seed=_SEED,
+        )
     report = summary.report_of(targets, {}, estimation, init, _SEED)
     if not report.initialised:
         raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")
@@ -380,13 +370,16 @@ def _read(cache_file: str, targets: list[_Target]) -> _Found:
         if isinstance(value, torch.Tensor):
             if value.shape != target.module.weight.shape:
                 refuse(f"has a gradient of shape {tuple(value.shape)} for layer {target.name!r}, which has another")
-            factors = _factorize(value, target.transposed, 2 * target.rank, target.name)
+            factors = _factorize(value, target.transposed, target.triplets, target.name)
         else:
             factors = Factors(**value)
         if factors.shape != target.shape:
             refuse(f"is of another model: layer {target.name!r} is {target.shape} here and {factors.shape} there")
-        if factors.rank < 2 * target.rank:
-            refuse(f"was made for r={factors.rank // 2} at layer {target.name!r}, and r={target.rank} is asked for")
+        if factors.rank < target.triplets:
+            refuse(
+                f"was made for a smaller rank: it holds {factors.rank} singular triplets of layer {target.name!r}, and "
+                f"r={target.rank} needs {target.triplets}"
+            )
         found[target.name] = factors.to(target.module.weight.device)
     return found
 
@@ -405,39 +398,32 @@ def _factorize(gradient: torch.Tensor, transposed: bool, triplets: int, name: st
 
 
 def _lora_ga_init(layer: LoraLayer, adapter_name: str, lora_ga_config: Any) -> None:
-    """In place of `LoraLayer.lora_ga_init`: start one layer's adapter, and take the start off its base weight.
+    """In place of `LoraLayer.lora_ga_init`: start one layer's adapter; its base weight is not touched.
 
     A layer without a gradient gets an ordinary start: `preprocess_loraga` has named it, or the adapter is being read
     from disk and overwritten next.
 
     Raises:
-        ValueError: the config is missing or does not go with the gradient, or other adapters are here.
+        ValueError: the config is missing or does not go with the gradient.
     """
     base = layer.get_base_layer()
     gradient = getattr(base, _ATTRIBUTE, None)
+    layer.reset_lora_parameters(adapter_name, True)
     if gradient is None:
-        layer.reset_lora_parameters(adapter_name, True)
         return
     if lora_ga_config is None:
         raise ValueError("lora_ga_config must be provided with init_lora_weights='lora_ga': LoraGAConfig(...).")
     init = _options(lora_ga_config)
     known = isinstance(gradient, SketchedGradient)
     slot = slot_of(gradient.name if known else type(base).__name__, layer, adapter_name)
-    check_alone(layer.lora_A, adapter_name)
-    if slot.lora_A.weight.is_meta:
+    if slot.A.is_meta:
         raise ValueError("PEFT's LoRA-GA needs adapter weights to write to; leave out low_cpu_mem_usage=True.")
-    recipes.check_rank(slot.name, slot.shape, slot.rank, init)
-    needed = init.triplets(slot.rank)
+    needed = starts.triplets(init, slot.rank, slot.shape)
     factors = gradient.factors if known else _factorize(gradient, slot.transposed, needed, slot.name)
     if factors.rank < needed:
         raise ValueError(
-            f"Layer {slot.name!r}: preprocess_loraga ran for r={factors.rank // 2}, and the adapter has r={slot.rank}; "
-            "run it again with this config."
+            f"Layer {slot.name!r}: preprocess_loraga ran for a smaller rank ({factors.rank} singular triplets, and "
+            f"r={slot.rank} needs {needed}); run it again with this config."
         )
-    A0, B0 = start_of(slot, factors.to(base.weight.device), init, _SEED)
-    for linear in (slot.lora_A, slot.lora_B):
-        linear.to(base.weight.device, base.weight.dtype)  # PEFT does later: what is subtracted must be what is added
-    base.weight.data = base.weight.data.clone()  # who kept a state_dict keeps the original values, as in PEFT
-    offsets.write_none(slot, A0, B0)
-    offsets.shift_base(slot, -1)
+    fill(slot, {slot.name: start_of(slot, factors.to(slot.A.device), init, _SEED)})
     delattr(base, _ATTRIBUTE)
