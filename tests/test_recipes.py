@@ -1,4 +1,4 @@
-"""Recipes against their formulas, on non-square gradients with an exact float64 SVD."""
+"""Recipes against their formulas, on gradients that are not square, with an exact float64 SVD."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraga.config import DIRECTIONS, SCALES, InitConfig
+from loraga import recipes
+from loraga.config import DIRECTIONS, InitConfig
 from loraga.factors import Factors
-from loraga.recipes import check_rank, start
 
 SHAPES = [(48, 20), (19, 53)]
-RANK = 4
-SCALING = 16 / math.sqrt(RANK)
+PAIRS = 4
 
 
 def gradient(shape, seed=0):
@@ -30,102 +29,55 @@ def exact(G, rank=None):
     return Factors(U, S, Vh).to(torch.float32).truncated(rank or S.shape[0])
 
 
-def weight_sigma(shape):
-    return torch.linalg.svdvals(gradient(shape, seed=9))[:RANK].float()
+# which triplets A0, B0 and the rest of A take of the first nine
+SLICES = {
+    "ArB2r": ([0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7, 8]),
+    "A2rBr": ([4, 5, 6, 7], [0, 1, 2, 3], [0, 1, 2, 3, 8]),
+    "ArBr": ([1, 3, 5, 7], [0, 2, 4, 6], [0, 2, 4, 6, 8]),
+}
 
 
-def begin(factors, config, name="layer", seed=0, **kwargs):
-    kwargs = {"scaling": SCALING, "weight_sigma": weight_sigma(factors.shape)} | kwargs
-    return start(factors, RANK, config, name=name, seed=seed, **kwargs)
-
-
-def expected_size(shape, scale):
-    return {
-        "stable": shape[0] ** 0.25 / 4.0,
-        "unit": 1.0,
-        "gd": 1.0 / SCALING,
-        "weight-svd": float((weight_sigma(shape).double() / SCALING).sqrt().mean()),
-    }[scale]
-
-
-def expected_slices(direction):
-    r = RANK
-    return {
-        "ArB2r": (slice(0, r), slice(r, 2 * r)),
-        "A2rBr": (slice(r, 2 * r), slice(0, r)),
-        "ArBr": (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
-    }[direction]
-
-
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("direction", [d for d in DIRECTIONS if d != "random"])
+@pytest.mark.parametrize("direction", SLICES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_lora_ga_is_orthonormal_slices_times_one_number(shape, direction, scale):
-    G = gradient(shape)
-    A, B = begin(exact(G), InitConfig(direction=direction, scale=scale))
-    assert A.shape == (RANK, shape[1]) and B.shape == (shape[0], RANK)
-    assert A.dtype == B.dtype == torch.float32
-    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-    size = expected_size(shape, scale)
-    take_a, take_b = expected_slices(direction)
-    # U and Vh come from the same call as in exact(), so the signs are the same.
-    torch.testing.assert_close(A.double(), size * Vh[take_a], rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(B.double(), size * U[:, take_b], rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_lora_ga_first_step_is_the_best_of_rank_2r(shape, direction):
-    """|G - (B B'G + G A'A) / c^2| is the energy beyond 2r: no matrix of rank 2r does better."""
-    G = gradient(shape)
-    A, B = (t.double() for t in begin(exact(G), InitConfig(direction=direction)))
-    c2 = math.sqrt(shape[0]) / 16.0
-    residual = G - (B @ (B.T @ G) + (G @ A.T) @ A) / c2
-    tail = torch.linalg.svdvals(G)[2 * RANK :]
-    torch.testing.assert_close(residual.norm(), tail.norm(), rtol=1e-6, atol=0)
+def test_lora_ga_takes_slices_of_the_singular_vectors(shape, direction):
+    factors = exact(gradient(shape), 2 * PAIRS + 1)
+    A0, B0, others = recipes.lora_ga(factors, PAIRS, direction, "layer", 0)
+    for_a, for_b, left_over = SLICES[direction]
+    assert torch.equal(A0, factors.Vh[for_a])
+    assert torch.equal(B0, factors.U[:, for_b])
+    assert torch.equal(others, factors.Vh[left_over])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_random_takes_disjoint_halves_of_the_first_2r(shape):
+def test_random_takes_disjoint_halves_of_the_first_2p(shape):
     factors = exact(gradient(shape))
-    config = InitConfig(direction="random", scale="unit")
     seen = set()
     for seed in range(20):
-        A, B = begin(factors, config, seed=seed)
-        in_a = (A @ factors.Vh.T).abs().argmax(dim=1).tolist()
-        in_b = (B.T @ factors.U).abs().argmax(dim=1).tolist()
-        assert sorted(in_a + in_b) == list(range(2 * RANK))
+        A0, B0, others = recipes.lora_ga(factors, PAIRS, "random", "layer", seed)
+        in_a, in_b, left = (
+            indices.abs().argmax(dim=1).tolist()
+            for indices in (A0 @ factors.Vh.T, B0.T @ factors.U, others @ factors.Vh.T)
+        )
+        assert sorted(in_a + in_b) == list(range(2 * PAIRS))
+        assert left == [index for index in range(factors.rank) if index not in in_a]
         seen.add(tuple(in_a))
     assert len(seen) > 10
 
 
 def test_random_depends_on_seed_and_name_and_leaves_the_global_generator_alone():
     factors = exact(gradient((48, 20)))
-    config = InitConfig(direction="random")
     before = torch.get_rng_state()
-    first = begin(factors, config, name="a", seed=0)
+    first, again = (recipes.lora_ga(factors, PAIRS, "random", "a", 0) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
-    again = begin(factors, config, name="a", seed=0)
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    others = [begin(factors, config, name=f"layer{i}", seed=0)[0] for i in range(5)]
-    assert len({tuple(A.flatten().tolist()) for A in others}) == 5
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_default_device_of_the_callers_plays_no_part(direction):
-    factors, config = exact(gradient((48, 20))), InitConfig(direction=direction)
-    expected = begin(factors, config)
-    with torch.device("meta"):
-        got = start(factors, RANK, config, scaling=SCALING, name="layer", seed=0)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    others = [recipes.lora_ga(factors, PAIRS, "random", f"layer{i}", 0)[0] for i in range(5)]
+    assert len({tuple(A0.flatten().tolist()) for A0 in others}) == 5
 
 
 def test_random_is_the_same_in_another_process():
     code = (
-        "import torch; from loraga.config import InitConfig; from loraga.factors import Factors;"
-        "from loraga.recipes import start;"
-        "A, B = start(Factors(torch.eye(9)[:, :8], torch.ones(8), torch.eye(8)), 4,"
-        " InitConfig(direction='random', scale='unit'), scaling=1.0, name='q_proj', seed=3);"
+        "import torch; from loraga.factors import Factors; from loraga.recipes import lora_ga;"
+        "A, B, _ = lora_ga(Factors(torch.eye(9)[:, :8], torch.ones(8), torch.eye(8)), 4, 'random', 'q_proj', 3);"
         "print(A.argmax(1).tolist(), B.argmax(0).tolist())"
     )
     root = Path(__file__).resolve().parents[1]
@@ -142,23 +94,60 @@ def test_random_is_the_same_in_another_process():
     assert len(outputs) == 1
 
 
-@pytest.mark.parametrize("loss_scale", [1e-20, 1e15])
-@pytest.mark.parametrize("config", [InitConfig(), InitConfig(scale="weight-svd"), InitConfig(method="lora-one")])
-def test_the_scale_of_the_gradient_does_not_matter(config, loss_scale):
-    G = gradient((19, 53))
-    A, B = begin(exact(G), config)
-    A_scaled, B_scaled = begin(exact(G * loss_scale), config)
-    torch.testing.assert_close(B_scaled @ A_scaled, B @ A, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(B_scaled.norm(dim=0), B.norm(dim=0), rtol=1e-5, atol=0)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_default_device_of_the_callers_plays_no_part(direction):
+    factors = exact(gradient((48, 20)))
+    expected = recipes.lora_ga(factors, PAIRS, direction, "layer", 0)
+    with torch.device("meta"):
+        got = recipes.lora_ga(factors, PAIRS, direction, "layer", 0)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------- sizes
+
+SIGMA = torch.tensor([9.0, 4.0, 1.0])
+S = 2.5
+
+
+@pytest.mark.parametrize("growth", [2.0, math.sqrt(2)])
+@pytest.mark.parametrize(
+    "config, mirrored, single",
+    [
+        (InitConfig(), 3 / 4 / 2, 3 / 4),  # 81^(1/4) / sqrt(16)
+        (InitConfig(stable_gamma=64.0), 3 / 8 / 2, 3 / 8),
+        (InitConfig(scale="unit"), 1, 1),
+        (InitConfig(scale="gd"), 1 / (math.sqrt(2) * S), 1 / S),
+        (InitConfig(scale="weight-svd"), (3 + 2 + 1) / 3 / math.sqrt(S), (3 + 2 + 1) / 3 / math.sqrt(S)),
+    ],
+    ids=lambda value: value.scale if isinstance(value, InitConfig) else None,
+)
+def test_sizes(config, mirrored, single, growth):
+    found = recipes.sizes(config, (81, 7), 3, scaling=S, growth=growth, name="layer", sigma=SIGMA)
+    factor = growth if config.scale == "stable" else 1.0
+    assert [float(size) for size in found] == pytest.approx([mirrored * factor, single * factor], rel=1e-6)
+
+
+def test_sizes_refuse_what_they_cannot_do():
+    for given in (None, torch.ones(5)):
+        with pytest.raises(ValueError, match=r"'layer'.*needs the 3 largest singular values"):
+            recipes.sizes(InitConfig(scale="weight-svd"), (81, 7), 3, scaling=S, growth=2.0, name="layer", sigma=given)
+    for scale in ("gd", "weight-svd"):
+        for scaling in (0.0, -2.0, float("nan")):
+            with pytest.raises(ValueError, match=r"'layer'.*divides by PEFT's scaling"):
+                recipes.sizes(
+                    InitConfig(scale=scale), (81, 7), 3, scaling=scaling, growth=2.0, name="layer", sigma=SIGMA
+                )
+
+
+# ------------------------------------------------------------------------------------------------------------- LoRA-One
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lora_one_is_the_best_rank_r_step_downhill(shape):
     G = gradient(shape)
-    A, B = begin(exact(G), InitConfig(method="lora-one", lora_one_gamma=128.0))
-    assert A.shape == (RANK, shape[1]) and B.shape == (shape[0], RANK)
-    U, S, Vh = torch.linalg.svd(G)
-    step = -(U[:, :RANK] * S[:RANK]) @ Vh[:RANK] / (128.0 * S[0])
+    A, B = recipes.lora_one(exact(G, 4), 128.0, "layer")
+    U, sigma, Vh = torch.linalg.svd(G)
+    step = -(U[:, :4] * sigma[:4]) @ Vh[:4] / (128.0 * sigma[0])
     torch.testing.assert_close((B @ A).double(), step, rtol=1e-5, atol=1e-7)
     assert ((B @ A).double() * G).sum() < 0
     # Both sides carry the same share: |column i of B| = |row i of A|.
@@ -172,67 +161,11 @@ def test_lora_one_lowers_the_loss_of_a_least_squares_layer():
         return (X @ weight.T - target).square().mean()
 
     G = 2 * (X @ W.T - target).T @ X / target.numel()
-    A, B = begin(exact(G), InitConfig(method="lora-one"))
+    A, B = recipes.lora_one(exact(G, 4), 128.0, "layer")
     assert loss(W + (B @ A).double()) < loss(W)
 
 
-def test_rank_deficient_gradient_still_gives_orthonormal_starts():
-    G = gradient((48, 2)) @ gradient((2, 20), seed=1)
-    A, B = begin(exact(G), InitConfig(scale="unit"))
-    eye = torch.eye(RANK)
-    torch.testing.assert_close(A @ A.T, eye, rtol=0, atol=1e-5)
-    torch.testing.assert_close(B.T @ B, eye, rtol=0, atol=1e-5)
-    A, B = begin(exact(G), InitConfig(method="lora-one"))
-    assert torch.isfinite(A).all() and torch.isfinite(B).all()
-    assert torch.linalg.matrix_rank(B @ A, rtol=1e-5) == 2
-
-
-def test_starts_own_their_memory():
-    """A slice that shares storage with the factors would keep all of them alive and change with them."""
+def test_lora_one_refuses_a_gradient_of_zero():
     factors = exact(gradient((48, 20)))
-    for config in (InitConfig(scale="unit"), InitConfig(method="lora-one")):
-        A, B = begin(factors, config)
-        A.zero_()
-        B.zero_()
-        assert float(factors.Vh.norm()) > 1 and float(factors.U.norm()) > 1
-
-
-@pytest.mark.parametrize("shape, rank, largest", [((10, 64), 6, 5), ((64, 10), 8, 5), ((11, 11), 6, 5)])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_rank_too_large_names_the_layer_and_the_largest_rank(shape, rank, largest, direction):
-    config = InitConfig(direction=direction)
-    with pytest.raises(ValueError) as error:
-        check_rank("blocks.3.fc", shape, rank, config)
-    message = str(error.value)
-    assert "blocks.3.fc" in message and f"r={rank}" in message and str(shape) in message
-    assert f"largest usable r here is {largest}:" in message
-    check_rank("blocks.3.fc", shape, largest, config)
-
-
-def test_rank_limits_of_lora_one_and_of_tiny_layers():
-    lora_one = InitConfig(method="lora-one")
-    check_rank("fc", (10, 64), 10, lora_one)
-    with pytest.raises(ValueError, match="largest usable r here is 10:"):
-        check_rank("fc", (10, 64), 11, lora_one)
-    with pytest.raises(ValueError, match="no r is small enough: leave the layer out"):
-        check_rank("score", (1, 64), 1, InitConfig())
-    with pytest.raises(ValueError, match="'fc': rank r=0 must be at least 1"):
-        check_rank("fc", (10, 64), 0, lora_one)
-
-
-def test_start_refuses_what_it_cannot_do():
-    factors = exact(gradient((48, 20)))
-    with pytest.raises(ValueError, match=r"'layer'.*r=4 needs 8 singular triplets, the factors hold 7"):
-        begin(factors.truncated(7), InitConfig())
-    with pytest.raises(ValueError, match=r"'layer'.*too small for r=4"):
-        begin(exact(gradient((6, 20))), InitConfig())
-    for given in (None, torch.ones(RANK + 1)):
-        with pytest.raises(ValueError, match=r"'layer'.*needs the 4 largest singular values"):
-            begin(factors, InitConfig(scale="weight-svd"), weight_sigma=given)
-    for scale in ("gd", "weight-svd"):
-        for scaling in (0.0, -2.0, float("nan")):
-            with pytest.raises(ValueError, match=r"'layer'.*divides by PEFT's scaling"):
-                begin(factors, InitConfig(scale=scale), scaling=scaling)
-    zero = Factors(factors.U, torch.zeros_like(factors.S), factors.Vh)
     with pytest.raises(ValueError, match=r"'layer'.*largest singular value of the gradient is 0\.0"):
-        begin(zero, InitConfig(method="lora-one"))
+        recipes.lora_one(Factors(factors.U, torch.zeros_like(factors.S), factors.Vh), 128.0, "layer")

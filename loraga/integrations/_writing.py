@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,11 +21,10 @@ from loraga.integrations._slots import (
     check_adapter,
     dequantized,
     find_slots,
-    is_fresh,
 )
 from loraga.linalg import seed_of, truncated_svd
 from loraga.quiet import rng_untouched
-from loraga.sharding import filled, gathered, is_distributed, is_sharded
+from loraga.sharding import filled, is_distributed, is_sharded
 from loraga.snapshot import structure, tensors
 from loraga.starts import Start
 
@@ -60,15 +60,15 @@ def write_start(
 ) -> None:
     """Give the layers of an adapter their start; all of them, or none if anything fails.
 
-    Numbers are written into the A and B that PEFT made, and nothing else is changed. What a start leaves of a layer's
-    rows, and layers without one, are ordinary LoRA: as PEFT made them, or drawn anew where they were trained.
+    Numbers are written into the A and B that PEFT made, and nothing else is changed. The rows that a layer's start
+    leaves over, and layers without a start, become ordinary LoRA, also where they were trained before.
 
     Args:
         peft_model (`PeftModel`): holds the adapter.
         adapter_name (`str`): its name.
         starts (`dict[str, tuple[Tensor, Tensor]]`): A (k, n) and B (m, k), k <= r, by the name of each of a slot's
             `parts`.
-        seed (`int`): of rows that are drawn anew.
+        seed (`int`): of the ordinary rows.
         confirm (callable): called when all is written; if it raises, nothing was.
 
     Raises:
@@ -84,7 +84,7 @@ def write_start(
     undo = _remember(slots, adapter_name)
     try:
         for slot in slots:
-            write_slot(slot, adapter_name, starts, seed)
+            _write_slot(slot, adapter_name, starts, seed, gaussian=config.init_lora_weights == "gaussian")
         peft_model.peft_config[adapter_name] = plain_start(config)
         confirm()
     except BaseException:
@@ -94,44 +94,53 @@ def write_start(
         raise
 
 
-def write_slot(slot: AdapterSlot, adapter_name: str, starts: Mapping[str, Start], seed: int) -> None:
+def _write_slot(slot: AdapterSlot, adapter_name: str, starts: Mapping[str, Start], seed: int, gaussian: bool) -> None:
     """Write the start of one layer, and what belongs to it."""
-    started = any(part.name in starts for part in slot.parts())
-    missing, fresh = slot.A.is_meta, is_fresh(slot)
-    with rng_untouched():
-        torch.random.default_generator.manual_seed(seed_of(seed, slot.name))
-        if missing:  # PEFT made it without storage (`low_cpu_mem_usage`, offload)
+    magnitude = _magnitude(slot, adapter_name)
+    if slot.A.is_meta:  # PEFT made it without storage (`low_cpu_mem_usage`, offload)
+        with rng_untouched():
             give_storage(slot.layer, adapter_name)
-            magnitude = _magnitude(slot, adapter_name)
-            if magnitude is not None:
-                magnitude.to_empty(device=home_of(slot.base_layer))
-        elif not fresh:
-            slot.layer.reset_lora_parameters(adapter_name, True)
-    if started or missing or not fresh:
-        _reset_magnitude(slot, adapter_name)
-    if started:
-        fill(slot, starts)
+        if magnitude is not None:
+            magnitude.to_empty(device=home_of(slot.base_layer))
+    fill(slot, starts, seed, gaussian)
+    if magnitude is not None:
+        _reset_magnitude(slot, magnitude)
 
 
-def fill(slot: AdapterSlot, starts: Mapping[str, Start]) -> None:
-    """Write the start of each of a slot's `parts` over the first rows of A and columns of B."""
+def fill(slot: AdapterSlot, starts: Mapping[str, Start], seed: int, gaussian: bool = False) -> None:
+    """Write A and B of a layer: the start of each of its `parts`, and PEFT's ordinary numbers in the rows it leaves."""
+    bias = getattr(slot.lora_B, "bias", None)
     with torch.no_grad():
-        for parameter, value in zip((slot.A, slot.B), _values(slot, starts), strict=True):
+        for parameter, value in zip((slot.A, slot.B), _values(slot, starts, seed, gaussian), strict=True):
             parameter.copy_(filled(parameter, value))
+        if bias is not None:
+            bias.zero_()
 
 
-def _values(slot: AdapterSlot, starts: Mapping[str, Start]) -> Start:
-    """A and B as PEFT holds them: rows of the start first, then those that PEFT made."""
+def _values(slot: AdapterSlot, starts: Mapping[str, Start], seed: int, gaussian: bool) -> Start:
+    """A and B as PEFT holds them."""
     parts = slot.parts()
     if all(part.name in starts and len(starts[part.name][0]) == slot.rank for part in parts):
         return slot.held([starts[part.name] for part in parts])
-    made = slot.matrices(gathered(slot.A.detach()), gathered(slot.B.detach()))
     values = []
-    for part, (A, B) in zip(parts, made, strict=True):
+    for part, (A, B) in zip(parts, slot.matrices(*_ordinary(slot, seed, gaussian)), strict=True):
         A0, B0 = starts.get(part.name, (A[:0], B[:, :0]))
-        A = torch.cat([A0.to(A), A[len(A0) :]])
-        values.append((A, torch.cat([B0.to(B), B[:, len(A0) :]], dim=1)))
+        A0, B0 = A0.to(A), B0.to(B)
+        values.append((torch.cat([A0, A[len(A0) :]]), torch.cat([B0, B[:, len(A0) :]], dim=1)))
     return slot.held(values)
+
+
+def _ordinary(slot: AdapterSlot, seed: int, gaussian: bool) -> Start:
+    """PEFT's own start of a layer. It is drawn on the host, so that it is the same on every device and every rank."""
+    generator = torch.Generator("cpu").manual_seed(seed_of(seed, slot.name))
+    A, B = (torch.zeros(p.shape, device="cpu", dtype=torch.float32) for p in (slot.A, slot.B))
+    if isinstance(slot.lora_B, nn.ParameterDict):  # an embedding's
+        B.normal_(generator=generator)
+    elif gaussian:
+        A.normal_(std=1 / slot.rank, generator=generator)
+    else:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+    return A, B
 
 
 def _remember(slots: list[AdapterSlot], adapter_name: str) -> tuple[Callable[[], None], ...]:
@@ -191,12 +200,10 @@ def _magnitude(slot: AdapterSlot, adapter_name: str) -> Any:
     return magnitudes.get(adapter_name)
 
 
-def _reset_magnitude(slot: AdapterSlot, adapter_name: str) -> None:
+def _reset_magnitude(slot: AdapterSlot, magnitude: Any) -> None:
     """DoRA's magnitude is the norm of the weight as it is now: the base's, whatever was trained before."""
-    magnitude = _magnitude(slot, adapter_name)
-    if magnitude is not None:
-        with torch.no_grad():
-            weight = dequantized(slot.base_layer)
-            assert weight is not None  # PEFT has computed a magnitude of it
-            nothing = torch.zeros((), device=weight.device, dtype=weight.dtype)
-            magnitude.weight.copy_(magnitude.get_weight_norm(weight, nothing, slot.scaling))
+    with torch.no_grad():
+        weight = dequantized(slot.base_layer)
+        assert weight is not None  # PEFT has computed a magnitude of it
+        nothing = torch.zeros((), device=weight.device, dtype=weight.dtype)
+        magnitude.weight.copy_(magnitude.get_weight_norm(weight, nothing, slot.scaling))

@@ -30,12 +30,13 @@ from loraga.config import InitConfig, check_choice
 from loraga.distributed import Ranks
 from loraga.estimation import estimate_step
 from loraga.factors import Factors
+from loraga.integrations._offloaded import home_of, is_offloaded
 from loraga.integrations._slots import adapters_disabled, slot_of
-from loraga.integrations._targets import INNER_PREFIX, find_targets
+from loraga.integrations._targets import find_targets
 from loraga.integrations._writing import fill, start_of
 from loraga.linalg import seed_of, truncated_svd
 from loraga.report import InitReport
-from loraga.sharding import check_injectable, check_sharding
+from loraga.sharding import check_injectable, check_layers, check_sharding
 from loraga.whole_files import written_whole
 
 # the releases whose LoRA-GA was read and run with the tests of this file
@@ -91,8 +92,8 @@ def apply_to_peft() -> None:
       the mean is over all of them and all ranks get the same adapter. If one raises, all do. Rank 0 writes the cache
       file, and it is used where all ranks find it.
     - Layers without a gradient are named in a warning, and in `model.loraga_report`.
-    - Refused with a clear error before the step runs: unknown options, sharded weights, `target_parameters`,
-      `layer_replication`.
+    - Refused with a clear error before the step runs: unknown options, sharded and offloaded weights, layers without
+      a `weight` (GPTQ), `target_parameters`, `layer_replication`, and KaSA, whose own start changes the base.
 
     Imports made earlier are served too, since `preprocess_loraga` is changed inside. What cannot be caught: PEFT's
     `estimate_gradients` imported by name before this call (its gradients are taken all the same), and copies of these
@@ -169,7 +170,7 @@ class SketchedGradient:
     """A layer's mean gradient, as far as its adapter needs it; at the layer in place of PEFT's full gradient.
 
     Attributes:
-        name (`str`): module name of the layer.
+        name (`str`): module name of the layer in the base model.
         factors (`Factors`): U (m, q), S (q,), Vh (q, n) of the gradient (m, n) = (out_features, in_features), with q
             as `starts.triplets` says.
         shape (`torch.Size`): of the weight as the layer stores it, as the full gradient would have.
@@ -258,22 +259,26 @@ def _targets(model: nn.Module, lora_config: LoraConfig) -> list[_Target]:
             "lora_ga_config=LoraGAConfig(...)."
         )
     init = _options(lora_config.lora_ga_config)
-    for option in ("target_parameters", "layer_replication"):
+    for option in ("target_parameters", "layer_replication", "kasa_config"):
         if getattr(lora_config, option, None):
             raise ValueError(f"PEFT's LoRA-GA does not go with {option}; leave it out, or use loraga.fast_init.")
     check_sharding(model)
     check_injectable(model)
-    base, prefix = (model.base_model.model, INNER_PREFIX) if isinstance(model, PeftModel) else (model, "")
+    base = model.base_model.model if isinstance(model, PeftModel) else model
     try:
         modules = find_targets(base, copy.copy(lora_config))
     except ValueError as error:
         raise ValueError(f"No supported layers found for LoRA-GA. {error}") from None
+    check_layers(model, modules)
     targets = []
     for name, module in modules.items():
+        if is_offloaded(module) or not isinstance(getattr(module, "weight", None), torch.Tensor):
+            why = "is offloaded" if is_offloaded(module) else "has no weight that PEFT's LoRA-GA could ask for"
+            raise ValueError(f"Layer {name!r} ({type(module).__name__}) {why}; leave it out, or use loraga.fast_init.")
         patterns = lora_config.rank_pattern or {}
         rank = patterns.get(get_pattern_key(patterns.keys(), name), lora_config.r)
         shape = _shape_of(module)
-        targets.append(_Target(prefix + name, module, shape, rank, starts.triplets(init, rank, shape)))
+        targets.append(_Target(name, module, shape, rank, starts.triplets(init, rank, shape)))
     return targets
 
 
@@ -408,8 +413,8 @@ def _lora_ga_init(layer: LoraLayer, adapter_name: str, lora_ga_config: Any) -> N
     """
     base = layer.get_base_layer()
     gradient = getattr(base, _ATTRIBUTE, None)
-    layer.reset_lora_parameters(adapter_name, True)
     if gradient is None:
+        layer.reset_lora_parameters(adapter_name, True)
         return
     if lora_ga_config is None:
         raise ValueError("lora_ga_config must be provided with init_lora_weights='lora_ga': LoraGAConfig(...).")
@@ -425,5 +430,6 @@ def _lora_ga_init(layer: LoraLayer, adapter_name: str, lora_ga_config: Any) -> N
             f"Layer {slot.name!r}: preprocess_loraga ran for a smaller rank ({factors.rank} singular triplets, and "
             f"r={slot.rank} needs {needed}); run it again with this config."
         )
-    fill(slot, {slot.name: start_of(slot, factors.to(slot.A.device), init, _SEED)})
+    # PEFT moves A and B to the layer's device only after this
+    fill(slot, {slot.name: start_of(slot, factors.to(home_of(base)), init, _SEED)}, _SEED)
     delattr(base, _ATTRIBUTE)
