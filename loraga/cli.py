@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     gradient.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw, masking, sketch (default 0)")
     recipe = init.add_argument_group("recipe")
     recipe.add_argument("--method", choices=METHODS, default="lora-ga", help="default lora-ga")
-    recipe.add_argument("--direction", choices=DIRECTIONS, default="ArB2r", help="of lora-ga (default ArB2r)")
+    recipe.add_argument("--direction", choices=DIRECTIONS, default="ArB2r", help="of the mirror (default ArB2r)")
     recipe.add_argument("--scale", choices=SCALES, default="stable", help="of lora-ga (default stable)")
     recipe.add_argument("--gamma", type=_positive, metavar="G", help="default 16 for lora-ga, 128 for lora-one")
     recipe.add_argument(

@@ -9,10 +9,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from zoo import (
     MLP,
+    STARTS,
     R,
     assert_same,
     batches,
@@ -20,25 +22,25 @@ from zoo import (
     config,
     everything_about,
     exact_gradients,
-    halves,
     init,
+    matrices,
     mlp_batches,
 )
 
 import loraga
 from loraga import InitConfig
 
-OFFSETS = ("anchor", "subtract", "zero-b")
+each_start = pytest.mark.parametrize("start", STARTS)
 
 
-def trained(peft_model: PeftModel) -> PeftModel:
-    """As if trained for a while."""
+def trained(model: nn.Module) -> nn.Module:
+    """As if its adapters were trained for a while."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in peft_model.parameters():
-            if parameter.requires_grad:
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return peft_model
+    return model
 
 
 def output(model: nn.Module, batch: dict) -> torch.Tensor:
@@ -50,27 +52,132 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> None:
     assert (a - b).norm() <= tolerance * b.norm()
 
 
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The base weights as they are stored, under their names in the base model."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): value.detach().clone()
+        for name, value in model.named_parameters(remove_duplicate=False)
+        if ".lora_" not in name
+    }
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+# ------------------------------------------------------------------------------------------------ the first step
+
+
+@each_start
+def test_b2_the_first_step_is_the_best_that_the_adapter_can_do(start):
+    """Plain gradient descent on A and B moves the weight along the best approximation of the gradient's negative."""
+    loader, rate = mlp_batches(), 1e-6
+    peft_model = init(MLP(), loader, init=InitConfig(start=start, scale="gd")).double()
+    loss = sum(peft_model(batch["inputs"].double(), batch["labels"])["loss"] for batch in loader) / len(loader)
+    loss.backward()
+    for name, gradient in exact_gradients(MLP().double(), ["layers.0", "layers.1"], _doubled(loader)).items():
+        layer = peft_model.base_model.model.get_submodule(name)
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        change = layer.scaling["default"] * ((B - rate * B.grad) @ (A - rate * A.grad) - B @ A) / rate
+        U, S, Vh = torch.linalg.svd(gradient, full_matrices=False)
+        best = U[:, :R] * S[:R] @ Vh[:R]
+        assert (change + best).norm() < 0.02 * best.norm(), name
+
+
+def _doubled(loader: list[dict]) -> list[dict]:
+    return [{**batch, "inputs": batch["inputs"].double()} for batch in loader]
+
+
 # ------------------------------------------------------------------------------------------------ on disk
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
+@each_start
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
-def test_b7_what_is_saved_is_right_on_the_original_base(name, offset, tmp_path):
+def test_b7_what_is_saved_is_right_on_the_original_base(name, start, tmp_path):
     batch = batches(name, 1)[0]
-    peft_model = trained(init(build(name), batches(name), init=InitConfig(offset=offset)))
+    peft_model = trained(init(build(name), batches(name), init=InitConfig(start=start)))
     peft_model.save_pretrained(tmp_path)
     close(output(PeftModel.from_pretrained(build(name), tmp_path), batch), output(peft_model, batch))
     assert (output(peft_model, batch) - output(build(name), batch)).norm() > 0.01 * output(peft_model, batch).norm()
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
-def test_b34_a_conversion_asked_for_out_of_habit_does_no_harm(offset, tmp_path):
+@each_start
+def test_b17_what_is_saved_has_the_rank_asked_for_and_an_ordinary_config(start, tmp_path):
+    trained(init(MLP(), mlp_batches(), init=InitConfig(start=start))).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == 6
+    for name, value in saved.items():
+        assert value.shape[0 if "lora_A" in name else 1] == R
+    stored = LoraConfig.from_pretrained(tmp_path)
+    assert (stored.r, stored.init_lora_weights, stored.rank_pattern) == (R, True, {})
+    assert not (tmp_path / "loraga.json").exists()
+
+
+@each_start
+def test_b34_a_conversion_asked_for_out_of_habit_does_no_harm(start, tmp_path):
     """`save_pretrained` alone is right; who converts as PEFT's README says gets the same function."""
     batch = batches("llama", 1)[0]
-    peft_model = init(build("llama"), batches("llama"), init=InitConfig(offset=offset))
+    peft_model = init(build("llama"), batches("llama"), init=InitConfig(start=start))
     peft_model.save_pretrained(tmp_path / "start")
     trained(peft_model).save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start")
     close(output(PeftModel.from_pretrained(build("llama"), tmp_path / "end"), batch), output(peft_model, batch))
+
+
+# ------------------------------------------------------------------------------------------------ the base stays
+
+
+@each_start
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_b16_b23_the_base_stays_bit_for_bit_and_its_function_too(start, dtype):
+    model = build("llama").to(dtype)
+    loader, original = batches("llama"), copy.deepcopy(model)
+    expected = output(original, loader[0])
+    peft_model = init(model, loader, init=InitConfig(start=start))
+    assert same(bits(peft_model), bits(original))
+    if start == "zero-b":
+        assert torch.equal(output(peft_model, loader[0]), expected)
+    close(output(peft_model, loader[0]).float(), expected.float(), 2e-5 if dtype == torch.float32 else 2e-3)
+    trained(peft_model)
+    with peft_model.disable_adapter():
+        assert torch.equal(output(peft_model, loader[0]), expected)
+    assert not torch.equal(output(peft_model, loader[0]), expected)
+    unloaded = peft_model.unload()
+    assert same(bits(unloaded), bits(original)) and torch.equal(output(unloaded, loader[0]), expected)
+
+
+@each_start
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_b13_a_tied_output_layer(start):
+    loader, lora = batches("llama"), config(target_modules=["lm_head", "q_proj"])
+    peft_model = init(build("llama", tie_word_embeddings=True), loader, lora, init=InitConfig(start=start))
+    assert {layer.name for layer in peft_model.loraga_report.initialised} >= {"lm_head"}
+    assert same(bits(peft_model), bits(build("llama", tie_word_embeddings=True)))
+    close(output(peft_model, loader[0]), output(build("llama", tie_word_embeddings=True), loader[0]))
+
+
+@each_start
+def test_b21_the_adapter_beside_it_computes_what_it_did(start):
+    loader, model = mlp_batches(), MLP()
+    peft_model = trained(get_peft_model(model, config()))
+    expected = output(peft_model, loader[0])
+    peft_model.add_adapter("second", config(r=2))
+    options = {"adapter_name": "second", "show_progress_bar": False}
+    loraga.fast_init(peft_model, loader, init=InitConfig(start=start), **options)
+    assert torch.equal(output(peft_model, loader[0]), expected)
+    peft_model.set_adapter("second")
+    close(output(peft_model, loader[0]), output(MLP(), loader[0]))
+    alone = init(MLP(), loader, config(r=2), init=InitConfig(start=start))
+    for index, layer in enumerate(peft_model.base_model.model.layers):
+        assert torch.equal(layer.lora_A["second"].weight, matrices(alone, f"layers.{index}")[0])
+
+
+@each_start
+def test_b24_dropout_in_training_mode_leaves_the_start_alone(start):
+    loader = mlp_batches()
+    peft_model = init(MLP(), loader, config(lora_dropout=0.5), init=InitConfig(start=start)).train()
+    close(output(peft_model, loader[0]), output(MLP(), loader[0]))
+    drawn = [output(trained(peft_model), loader[0]) for _ in range(2)]
+    assert not torch.equal(*drawn)  # it is on
 
 
 # ------------------------------------------------------------------------------------------------ what is seen
@@ -82,7 +189,8 @@ def test_b8_a_config_for_pefts_lora_ga_needs_no_other_call():
     ours = init(MLP(), mlp_batches())
     theirs = init(MLP(), mlp_batches(), config(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()))
     for layer in ours.loraga_report.layers:
-        assert all(torch.equal(a, b) for a, b in zip(halves(ours, layer.name), halves(theirs, layer.name), strict=True))
+        for a, b in zip(matrices(ours, layer.name), matrices(theirs, layer.name), strict=True):
+            assert torch.equal(a, b)
 
 
 class Calls(nn.Module):
@@ -111,8 +219,8 @@ def test_b10_calls_are_summed_and_batches_averaged(times, estimator):
     assert found.S.tolist() == pytest.approx(torch.linalg.svdvals(exact)[:8].tolist(), rel=5e-3)
 
 
-@pytest.mark.parametrize("offset", ["anchor", "zero-b"])
-def test_b29_one_parameter_in_two_targets(offset):
+@each_start
+def test_b29_one_parameter_in_two_targets(start):
     """Each place is started from the gradient of its own use; together these are the gradient of the parameter."""
     model = MLP((40, 40, 40, 12))
     model.layers[1].weight = model.layers[0].weight
@@ -121,39 +229,32 @@ def test_b29_one_parameter_in_two_targets(offset):
     found = loraga.estimate_factors(model, loader, ["layers.0", "layers.1"], rank=40)
     total = sum(f.U @ torch.diag(f.S) @ f.Vh for f in found.values())
     assert (total - exact).norm() < 1e-4 * exact.norm()
-    peft_model = init(model, loader, init=InitConfig(offset=offset))
-    assert len(peft_model.loraga_report.initialised) == 3
+    peft_model = init(model, loader, init=InitConfig(start=start))
+    assert len(peft_model.loraga_report.initialised) == 3 and same(bits(peft_model), bits(original))
     close(output(peft_model, loader[0]), output(original, loader[0]))
-    refused = copy.deepcopy(original)
-    before = everything_about(refused)
-    with pytest.raises(ValueError, match=r"layers\.0.*layers\.1.*shares it"):
-        init(refused, loader, init=InitConfig(offset="subtract"))
-    assert_same(everything_about(refused), before)
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
+@each_start
 @pytest.mark.filterwarnings("ignore:.*_pattern keys")
-def test_b32_target_parameters_are_started(offset):
+def test_b32_target_parameters_are_started(start):
     loader, model = mlp_batches(), MLP()
     expected = output(model, loader[0])
     lora = config(target_modules=["layers.0"], target_parameters=["layers.1.weight"])
-    peft_model = init(model, loader, lora, init=InitConfig(offset=offset))
+    peft_model = init(model, loader, lora, init=InitConfig(start=start))
     assert [layer.name for layer in peft_model.loraga_report.initialised] == ["layers.0", "layers.1.weight"]
     close(output(peft_model, loader[0]), expected)
-    linear = init(MLP(), loader, config(target_modules=["layers.1"]), init=InitConfig(offset=offset))
-    for ours, theirs in zip(halves(peft_model, "layers.1"), halves(linear, "layers.1"), strict=True):
+    linear = init(MLP(), loader, config(target_modules=["layers.1"]), init=InitConfig(start=start))
+    for ours, theirs in zip(matrices(peft_model, "layers.1"), matrices(linear, "layers.1"), strict=True):
         torch.testing.assert_close(ours.abs(), theirs.abs(), rtol=0, atol=1e-3)  # the same gradient, summed otherwise
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
-def test_b33_an_adapter_made_with_low_cpu_mem_usage(offset):
+@each_start
+def test_b33_an_adapter_made_with_low_cpu_mem_usage(start):
     loader = mlp_batches()
     empty = get_peft_model(MLP(), config(), low_cpu_mem_usage=True)
-    peft_model = loraga.fast_init(empty, loader, init=InitConfig(offset=offset), show_progress_bar=False)
+    peft_model = loraga.fast_init(empty, loader, init=InitConfig(start=start), show_progress_bar=False)
     assert peft_model is empty and not any(p.is_meta for p in peft_model.parameters())
-    whole = init(MLP(), loader, init=InitConfig(offset=offset))
-    for layer in whole.loraga_report.layers:
-        assert torch.equal(halves(whole, layer.name)[0], halves(empty, layer.name)[0])
+    assert same(peft_model.state_dict(), init(MLP(), loader, init=InitConfig(start=start)).state_dict())
     close(output(peft_model, loader[0]), output(MLP(), loader[0]))
 
 
@@ -168,21 +269,22 @@ class Unused(MLP):
         self.unused = nn.Linear(40, 30)
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
+@each_start
 @pytest.mark.filterwarnings("ignore:These layers keep an ordinary LoRA start")
-def test_b14_a_second_run_restores_the_very_same_model(offset):
-    """Also the base that `subtract` shifts, and the random start of layers without gradient."""
+def test_b14_a_second_run_gives_the_very_same_model(start):
+    """Also the random start of layers without gradient, and of rows that it leaves over."""
     model, states = Unused(), []
     for noise in (1, 2):
         torch.manual_seed(noise)
         before = torch.get_rng_state()
-        states.append(init(copy.deepcopy(model), mlp_batches(), init=InitConfig(offset=offset)).state_dict())
+        states.append(
+            init(copy.deepcopy(model), mlp_batches(), config(r=20), init=InitConfig(start=start)).state_dict()
+        )
         assert torch.equal(torch.get_rng_state(), before)
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-    other = init(copy.deepcopy(model), mlp_batches(), init=InitConfig(offset=offset), seed=1).state_dict()
+    assert same(*states)
+    other = init(copy.deepcopy(model), mlp_batches(), config(r=20), init=InitConfig(start=start), seed=1).state_dict()
     unused = "base_model.model.unused.lora_A.default.weight"
-    assert not torch.equal(other[unused][:R], states[0][unused][:R])
+    assert not torch.equal(other[unused], states[0][unused])
 
 
 # ------------------------------------------------------------------------------------------------ wrapped models
@@ -227,7 +329,7 @@ def test_b15_the_loss_may_go_through_a_wrapper_and_gradients_be_seen_in_one(one_
     wrapped = nn.parallel.DistributedDataParallel(model)
     through = init(model, mlp_batches(), loss_fn=lambda _, batch: wrapped(**batch)["loss"])
     for layer in plain.loraga_report.layers:
-        assert torch.equal(halves(plain, layer.name)[0], halves(through, layer.name)[0])
+        assert torch.equal(matrices(plain, layer.name)[0], matrices(through, layer.name)[0])
     factors = loraga.estimate_factors(nn.parallel.DistributedDataParallel(MLP()), mlp_batches(), rank=4)
     assert list(factors) == [layer.name for layer in plain.loraga_report.layers]
 

@@ -59,6 +59,18 @@ def test_other_starts_are_left_aside(start):
     assert all(torch.equal(value, before[name]) for name, value in peft_model.unload().state_dict().items())
 
 
+def test_kasa_is_refused_before_it_changes_the_base():
+    import peft
+
+    if not hasattr(peft, "KasaConfig"):
+        pytest.skip("this PEFT has no KaSA (it came with 0.21)")
+    base = base_model("mlp")
+    before = fingerprint(base)
+    with pytest.raises(ValueError, match="kasa_config changes the base weights"):
+        integration.inject(base, config(kasa_config=peft.KasaConfig()), "default")
+    unchanged(base, before)
+
+
 def test_peft_lora_ga_config_is_taken_without_its_gradients():
     """B8: PEFT's own form of LoRA-GA, whose injection would need gradients."""
     peft = pytest.importorskip("peft")
