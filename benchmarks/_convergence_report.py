@@ -17,8 +17,7 @@ COLOURS = {
     "pissa": "#1b7837",
     "eva": "#7fbf7b",
     "peft-lora-ga": "#a6761d",
-    "lora-ga-anchor": "#0b66c3",
-    "lora-ga-subtract": "#6baed6",
+    "lora-ga-mirror": "#0b66c3",
     "lora-ga-zero-b": "#08306b",
     "lora-one": "#7b3fa0",
 }
@@ -162,7 +161,7 @@ def plot(result: dict, file: Path) -> list[Path]:
         left, right = figure.subplots(1, 2)
         for method, entry in task["methods"].items():
             style = {"color": COLOURS[method], "linewidth": 1.8, "marker": "o", "markersize": 3.5}
-            if method == "lora-ga-subtract":  # lies on the anchor's curve where all is well
+            if method == "rslora":  # lies on plain LoRA's curve where both have the same s
                 style["linestyle"] = "--"
             curve = mean_curve(run_at(entry, found["common_rate"])["loss"])
             left.plot(steps, curve, label=entry["title"], **style)

@@ -1,7 +1,7 @@
 """Every compared way to fine-tune: how its model starts, and which scaling it trains with.
 
-Ours are LoRA-GA with three offsets and LoRA-One; PEFT's are LoRA, rsLoRA, DoRA, PiSSA, EVA and its own LoRA-GA. All see
-the same batches and the same rank and alpha.
+Ours are LoRA-GA with both of its starts and LoRA-One; PEFT's are LoRA, rsLoRA, DoRA, PiSSA, EVA and its own LoRA-GA.
+All see the same batches. Rank and scaling are the comparison's own choice.
 """
 
 from __future__ import annotations
@@ -26,27 +26,29 @@ TITLES = {
     "dora": "DoRA",
     "pissa": "PiSSA (PEFT)",
     "eva": "EVA (PEFT)",
-    "lora-ga-anchor": "LoRA-GA, anchor",
-    "lora-ga-subtract": "LoRA-GA, subtract",
+    "lora-ga-mirror": "LoRA-GA, mirror",
     "lora-ga-zero-b": "LoRA-GA, zero-b",
     "peft-lora-ga": "LoRA-GA (PEFT)",
     "lora-one": "LoRA-One",
 }
-# LoRA-GA and LoRA-One are published with the scaling of rsLoRA, alpha / sqrt(r); the others with alpha / r.
-RSLORA = ("rslora", "lora-ga-anchor", "lora-ga-subtract", "lora-ga-zero-b", "peft-lora-ga", "lora-one")
-OFFSETS = {"lora-ga-anchor": "anchor", "lora-ga-subtract": "subtract", "lora-ga-zero-b": "zero-b"}
+OURS = {
+    "lora-ga-mirror": loraga.InitConfig(),
+    "lora-ga-zero-b": loraga.InitConfig(start="zero-b"),
+    "lora-one": loraga.InitConfig(method="lora-one"),
+}
 PEFT_INITS: dict[str, bool | str] = {"pissa": "pissa", "eva": "eva", "peft-lora-ga": "lora_ga"}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What the adapters of one comparison have in common.
+    """The adapter that a method starts.
 
     Args:
-        rank (`int`), alpha (`int`): r and alpha of all of them.
+        rank (`int`), alpha (`int`): r, which is what the adapter stores, and alpha.
         targets (`tuple[str, ...]`): suffixes of the layers' names.
         trained_in_full (`tuple[str, ...]`): modules outside the adapters that are trained too, such as a new head.
         token_labels (`bool`): labels have the shape of the tokens, so EVA may mask with them.
+        use_rslora (`bool`): s, the factor on B A, is alpha / sqrt(r) instead of alpha / r.
     """
 
     rank: int
@@ -55,12 +57,12 @@ class Adapter:
     trained_in_full: tuple[str, ...] = ()
     token_labels: bool = True
     task_type: str | None = None
+    use_rslora: bool = False
 
-    def scaling(self, method: str) -> float | None:
-        """s, the factor on B A; `None` for full fine-tuning."""
-        if method == "full":
-            return None
-        return self.alpha / (math.sqrt(self.rank) if method in RSLORA else self.rank)
+    @property
+    def scaling(self) -> float:
+        """s, the factor on B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def config(self, method: str) -> LoraConfig:
         return LoraConfig(
@@ -69,7 +71,7 @@ class Adapter:
             target_modules=list(self.targets),
             modules_to_save=list(self.trained_in_full) or None,
             task_type=self.task_type,
-            use_rslora=method in RSLORA,
+            use_rslora=self.use_rslora,
             use_dora=method == "dora",
             init_lora_weights=PEFT_INITS.get(method, True),
             lora_ga_config=LoraGAConfig() if method == "peft-lora-ga" else None,
@@ -84,7 +86,7 @@ def start(method: str, model: nn.Module, batches: Batches, adapter: Adapter, *, 
         method (`str`): a key of `TITLES`.
         model (`nn.Module`): all of it trainable, on its device.
         batches (`Sequence[dict[str, Tensor]]`): what the methods that look at data may see, on the same device.
-        adapter (`Adapter`): rank, alpha, targets.
+        adapter (`Adapter`): rank, alpha, targets; full fine-tuning has none and ignores it.
         seed (`int`): of everything random; the global generators are left alone.
 
     Raises:
@@ -97,10 +99,8 @@ def start(method: str, model: nn.Module, batches: Batches, adapter: Adapter, *, 
     config = adapter.config(method)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if method in OFFSETS or method == "lora-one":
-            name = "lora-one" if method == "lora-one" else "lora-ga"
-            init = loraga.InitConfig(method=name, offset=OFFSETS.get(method))
-            return loraga.fast_init(model, batches, config, init=init, seed=seed, show_progress_bar=False)
+        if method in OURS:
+            return loraga.fast_init(model, batches, config, init=OURS[method], seed=seed, show_progress_bar=False)
         if method == "peft-lora-ga":
             preprocess_loraga(model, config, lambda: _accumulate(model, batches))
         started = get_peft_model(model, config)
@@ -125,8 +125,8 @@ def describe(method: str, adapter: Adapter, started: nn.Module) -> dict[str, obj
         used |= {
             "rank": adapter.rank,
             "alpha": adapter.alpha,
-            "scaling_rule": "alpha / sqrt(r)" if method in RSLORA else "alpha / r",
-            "scaling": adapter.scaling(method),
+            "scaling_rule": "alpha / sqrt(r)" if adapter.use_rslora else "alpha / r",
+            "scaling": adapter.scaling,
             "scaling_of_layers": [min(scalings), max(scalings)],
             "layers": len(scalings),
         }

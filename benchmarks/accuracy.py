@@ -3,8 +3,8 @@
     python benchmarks/accuracy.py --output benchmarks/results/accuracy-cpu.json
 
 Real MiniLM weights on docstrings of the standard library (16-way classification; masked tokens) and a briefly trained
-byte-level Llama: layers of the first, a middle and the last block; 1, 4 and 16 micro-batches; adapter rank 8;
-the 16 micro-batches also dealt out to 2 to 16 ranks, whose sketches are merged.
+byte-level Llama: layers of the first, a middle and the last block; 1, 4 and 16 micro-batches; adapter rank 16, of 8
+pairs; the 16 micro-batches also dealt out to 2 to 16 ranks, whose sketches are merged.
 Per variant: excess of the LoRA-GA objective over the best possible, and energy lost, mean and worst layer, in percent.
 """
 
@@ -38,7 +38,7 @@ from loraga.taps import Taps
 
 Pairs = list[tuple[Tensor, Tensor]]
 BATCHES = (1, 4, 16)
-RANK = 8  # of the adapter
+RANK = 16  # of the adapter, and so many triplets: half of them for A, half for B
 
 
 def minilm(task: str) -> tuple[nn.Module, Callable[[int], dict]]:
@@ -105,15 +105,15 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[int], dict], tuple[int
 
 
 def shortfall(g: Tensor, s: Tensor, factors: Factors) -> tuple[float, float]:
-    """What 2r triplets fall short of the best: excess of the LoRA-GA objective, share of the energy lost.
+    """What triplets fall short of the best: excess of the LoRA-GA objective, share of the energy lost.
 
-    g is the exact gradient in float64, s all its singular values.
+    g is the exact gradient in float64, s all its singular values. Half of the triplets are for A, half for B.
     """
-    rank = len(factors.S) // 2
-    a, b = factors.Vh[:rank].double(), factors.U[:, rank:].double()
+    pairs = len(factors.S) // 2
+    a, b = factors.Vh[:pairs].double(), factors.U[:, pairs:].double()
     residual = (g - b @ (b.T @ g) - (g @ a.T) @ a).norm()
     held = (factors.U.double().T @ g @ factors.Vh.double().T).square().sum()
-    return float(residual / s[2 * rank :].norm() - 1), 1 - float(held / s[: 2 * rank].square().sum())
+    return float(residual / s[2 * pairs :].norm() - 1), 1 - float(held / s[: 2 * pairs].square().sum())
 
 
 def fed(make: Callable[[LayerSpec, int], Any], spec: LayerSpec, stream: Pairs) -> Any:
@@ -202,7 +202,7 @@ def measure(model_name: str) -> list[dict]:
             excess, lost, energy = [], [], []
             for name, stream in streams.items():
                 g, s = exact[name], values[name]
-                result = estimate(LayerSpec(name, *g.shape, 2 * RANK, 7, g.device), stream)
+                result = estimate(LayerSpec(name, *g.shape, RANK, 7, g.device), stream)
                 more, less = shortfall(g, s, result.factors)
                 excess.append(more)
                 lost.append(less)

@@ -6,7 +6,8 @@
 
 Two tasks, nothing downloaded: MiniLM (pretrained weights from a package) learns which module a docstring comes from;
 a byte-level Llama, pretrained here on the prose that ships with Python, is fine-tuned to its source code. Every method
-gets the same model, batches in the same order, optimiser, schedule and number of steps, per seed. A sweep goes on
+gets the same model, batches in the same order, optimiser, schedule and number of steps, per seed; every adapter has the
+same rank and scaling. A sweep goes on
 beyond its first rates until the best one lies inside, and says so where it does not.
 `--size gpu` is the same with larger models, for one GPU.
 """
@@ -25,7 +26,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -48,7 +49,8 @@ from transformers import get_cosine_schedule_with_warmup
 Batch = dict[str, Tensor]
 COMPARED = tuple(method for method in _methods.TITLES if method != "dora")
 DOCSTRINGS, SOURCE = "docstrings", "source code"
-RANK, ALPHA = 8, 16
+RANK, ALPHA = 16, 64  # of every adapter: s = 4
+RSLORA_ALPHA = 16  # what rsLoRA is usually trained with; its s = alpha / sqrt(r) is 4, too
 WARMUP = 0.03  # share of the steps, as in the LoRA-GA paper's settings; then a cosine to zero
 DIGITS = 6  # of a loss in the result file; the numbers are computed from what stands there
 
@@ -221,6 +223,11 @@ def task_of(name: str, plan: Plan, weights: Path) -> Task:
     return docstring_task(plan) if name == DOCSTRINGS else source_task(plan, weights)
 
 
+def adapter_of(task: Task, method: str) -> Adapter:
+    """The task's adapter; for rsLoRA the same scaling in its own way."""
+    return replace(task.adapter, alpha=RSLORA_ALPHA, use_rslora=True) if method == "rslora" else task.adapter
+
+
 def to_device(batch: Batch, device: str) -> Batch:
     return {key: value.to(device) for key, value in batch.items()}
 
@@ -272,13 +279,14 @@ def sweep(
     task = task_of(name, plan, weights)
     held_out = [to_device(batch, device) for batch in task.held_out]
     batches = {seed: [to_device(batch, device) for batch in task.batches(seed)] for seed in plan.seeds}
+    adapter = adapter_of(task, method)
     starts = {
         seed: _methods.start(
-            method, task.model(seed).to(device), batches[seed][: plan.init_batches], task.adapter, seed=seed
+            method, task.model(seed).to(device), batches[seed][: plan.init_batches], adapter, seed=seed
         )
         for seed in plan.seeds
     }
-    used = _methods.describe(method, task.adapter, starts[plan.seeds[0]])
+    used = _methods.describe(method, adapter, starts[plan.seeds[0]])
     later = plan.evaluate_at[1:]
     before = {seed: held_out_loss(starts[seed], held_out) for seed in plan.seeds}  # the same for all rates
     curves: dict[int, list[list[float | None]]] = {}

@@ -45,7 +45,7 @@ class Point:
 
     width: int = 512
     depth: int = 4
-    rank: int = 8
+    rank: int = 16
     tokens: int = 512
     micro_batches: int = 2
     case: str = "initialisation"
@@ -72,7 +72,7 @@ SWEEPS = {
     "tokens": [replace(BASE, tokens=tokens) for tokens in (256, 512, 1024, 2048)],
     "width": [replace(BASE, width=width) for width in (256, 512, 768, 1024)],
     "depth": [replace(BASE, depth=depth) for depth in (1, 2, 4, 8)],
-    "rank": [replace(WIDE, rank=rank) for rank in (8, 16, 32)],
+    "rank": [replace(WIDE, rank=rank) for rank in (16, 32, 64)],
     "micro_batches": [replace(BASE, micro_batches=count) for count in (1, 2, 4, 8)],
 }
 # each against its prediction, growth or not
@@ -84,7 +84,7 @@ OTHERS = [
 
 
 def lora_config(rank: int):
-    return LoraConfig(r=rank, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(r=rank, lora_alpha=4 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def initialise(model, data, rank: int) -> None:
@@ -106,7 +106,7 @@ def measure(point: Point) -> dict:
     run = {"initialisation": initialise, "training": train}[point.case]
     small = LlamaForCausalLM(_llama.config(256, 512, 2, 4, 2, VOCABULARY))
     data = batches(small, point.micro_batches, point.rows, point.length)
-    run(small, [{key: value[:, :64] for key, value in batch.items()} for batch in data[:2]], 8)
+    run(small, [{key: value[:, :64] for key, value in batch.items()} for batch in data[:2]], BASE.rank)
     del small
     with PeakMemory("cpu") as memory:
         model = LlamaForCausalLM(_llama.config(*point.shape))

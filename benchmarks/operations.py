@@ -4,6 +4,7 @@
     python benchmarks/operations.py --table benchmarks/results/operations-cpu.json
 
 On a GPU all models take part and results wait for the device; on a CPU the small ones do, and the rest is deselected.
+r is the number of singular triplets: those of an adapter of rank r here, of rank r/2 in PEFT and the official code.
 `error` is relative to float64: largest entry (accumulation), |QᵀQ - I| (orthonormalize), singular values over the
 largest (small SVD), energy that the factors fail to capture of what the best ones of that rank hold (all others).
 """
@@ -43,11 +44,11 @@ LAYERS = {
     "Llama-2-70B": [(8192, 8192), (28672, 8192)],
 }
 ON_CPU = ("MiniLM", "T5-base")
-RANKS = (8, 32, 128)
+RANKS = (16, 64, 256)
 
 
 def spec(m: int, n: int, rank: int) -> LayerSpec:
-    return LayerSpec("layer", m, n, 2 * rank, 1, torch.device(DEVICE))
+    return LayerSpec("layer", m, n, rank, 1, torch.device(DEVICE))
 
 
 def rows() -> list[Any]:
@@ -57,7 +58,7 @@ def rows() -> list[Any]:
         if DEVICE == "cuda" or model in ON_CPU
         for m, n in layers
         for rank in RANKS
-        if 2 * rank <= min(m, n)
+        if rank <= min(m, n)
     ]
 
 
@@ -118,8 +119,8 @@ def lost(g: Tensor, u: Tensor, vh: Tensor, q: int) -> float:
 
 
 def peer_svd(g: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U and Vh by `svd_lowrank` as PEFT and the official code call it: q = 4r, 4 iterations."""
-    u, _, v = torch.svd_lowrank(g.float(), q=min(4 * rank, *g.shape), niter=4)
+    """U and Vh by `svd_lowrank` as PEFT and the official code call it: q = 2r, 4 iterations."""
+    u, _, v = torch.svd_lowrank(g.float(), q=min(2 * rank, *g.shape), niter=4)
     return u, v.mT
 
 
@@ -128,7 +129,7 @@ def total(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 @pytest.mark.parametrize("way", ["loraga", "torch"])
-@pytest.mark.parametrize(("model", "m", "n", "rank"), [row for row in rows() if row.id.endswith("-r8")])
+@pytest.mark.parametrize(("model", "m", "n", "rank"), [row for row in rows() if row.id.endswith("-r16")])
 def test_accumulation(timed, model, m, n, rank, way):
     (x, dy), *_ = stream(m, n)
 
@@ -177,10 +178,10 @@ def test_streaming_update(timed, model, m, n, rank, way):
 
     def error(state: Any) -> float:
         if way == "gradient":
-            factors = truncated_svd(state, 2 * rank)
+            factors = truncated_svd(state, rank)
         else:
             factors = finish({"layer": state}, {"layer": 1.0})["layer"].factors
-        return lost(exact, factors.U, factors.Vh, 2 * rank)
+        return lost(exact, factors.U, factors.Vh, rank)
 
     timed(step, error, before, op="streaming update", way=way, model=model, m=m, n=n, rank=rank, tokens=TOKENS)
 
@@ -188,7 +189,7 @@ def test_streaming_update(timed, model, m, n, rank, way):
 @pytest.mark.parametrize("way", ["loraga", "torch.linalg.qr"])
 @pytest.mark.parametrize(("model", "m", "n", "rank"), rows())
 def test_orthonormalize(timed, model, m, n, rank, way):
-    k = min(sketch_width(2 * rank), m)
+    k = min(sketch_width(rank), m)
     y = normal(m, k) @ normal(k, k, seed=1)
     run = _ops.orthonormalize if way == "loraga" else (lambda y: torch.linalg.qr(y).Q)
     eye = torch.eye(k, dtype=torch.float64, device=DEVICE)
@@ -208,14 +209,13 @@ def test_orthonormalize(timed, model, m, n, rank, way):
 @pytest.mark.parametrize("way", ["loraga", "torch.svd_lowrank", "torch.linalg.svd"])
 @pytest.mark.parametrize(("model", "m", "n", "rank"), rows())
 def test_truncated_svd(timed, model, m, n, rank, way):
-    """2r triplets."""
     if way == "torch.linalg.svd" and m * n > 2**22:
         pytest.skip("the full SVD of a layer of this size takes minutes")
     g = total(stream(m, n)).to(torch.bfloat16)
 
     def run(g: Tensor) -> tuple[Tensor, Tensor]:
         if way == "loraga":
-            factors = truncated_svd(g, 2 * rank)
+            factors = truncated_svd(g, rank)
             return factors.U, factors.Vh
         if way == "torch.svd_lowrank":
             return peer_svd(g, rank)
@@ -224,7 +224,7 @@ def test_truncated_svd(timed, model, m, n, rank, way):
 
     timed(
         run,
-        lambda result: lost(g, *result, 2 * rank),
+        lambda result: lost(g, *result, rank),
         lambda: (g,),
         op="truncated SVD",
         way=way,
@@ -239,7 +239,7 @@ def test_truncated_svd(timed, model, m, n, rank, way):
 @pytest.mark.parametrize("rank", RANKS[:2])
 def test_small_svd(timed, rank, way):
     """The cores of 32 layers."""
-    k = sketch_width(2 * rank)
+    k = sketch_width(rank)
     cores = normal(32, k, k)
     truth = torch.linalg.svdvals(cores.double())
     run = _ops.small_svd if way == "loraga" else torch.linalg.svd
@@ -274,7 +274,7 @@ def test_whole_layer(timed, model, m, n, rank, way):
             g = torch.zeros(m, n, device=DEVICE)
             for x, dy in pairs:
                 _ops.accumulate_(g, x, dy)
-            factors = truncated_svd(g, 2 * rank)
+            factors = truncated_svd(g, rank)
             return factors.U, factors.Vh
         g = pairs[0][1].mT @ pairs[0][0]
         for x, dy in pairs[1:]:
@@ -283,7 +283,7 @@ def test_whole_layer(timed, model, m, n, rank, way):
 
     timed(
         run,
-        lambda result: lost(exact, *result, 2 * rank),
+        lambda result: lost(exact, *result, rank),
         lambda: (),
         op="whole layer",
         way=way,

@@ -6,10 +6,11 @@
 Cases: the floor (forward and activation backward, nothing else); loraga (streaming; dense; dense with buffers in host
 memory); PEFT's own LoRA-GA (`preprocess_loraga` + `get_peft_model`) and EVA; the procedure of the official LoRA-GA
 code, stated anew; and the plain LoRA training step (AdamW) on the same batches, whose peak memory is our yardstick.
-Cases ending in -checkpointed run with gradient checkpointing. Time and peak memory above the loaded model, per case;
-for LoRA-GA starts also their objective against the exact SVD, on the layers named by `--check-layers`. A peer that
-fails or takes longer than `--limit` floors gets its reason instead of a row; a case of ours that fails ends the script
-with an error.
+All adapters have the same rank and scaling; loraga's start is the mirror (zero-b takes as many triplets and as much
+time). Cases ending in -checkpointed run with gradient checkpointing. Time and peak memory above the loaded model, per
+case; for LoRA-GA starts also their objective against the exact SVD, on the layers named by `--check-layers`. A peer
+that fails or takes longer than `--limit` floors gets its reason instead of a row; a case of ours that fails ends the
+script with an error.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class PeakMemory:
 def lora_config(rank: int, **kwargs):
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=2 * rank, use_rslora=True, target_modules=TARGETS, **kwargs)
+    return LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=TARGETS, **kwargs)
 
 
 def floor(model, data, rank):
@@ -230,7 +231,8 @@ CASES = (*RUNS, *(case + CHECKPOINTED for case in ("floor", "loraga", "lora-step
 def objectives(args: argparse.Namespace, starts: Path) -> dict[str, dict[str, float]]:
     """LoRA-GA objective |G - (U_B U_Bᵀ G + G V_A V_Aᵀ)| over that of the exact SVD, less one, of all in `starts`.
 
-    U_B and V_A are the directions of B and A; G is the exact mean gradient in float64, made once for all cases.
+    U_B and V_A are the directions of B and A, and the exact SVD may take as many; G is the exact mean gradient in
+    float64, made once for all cases.
     """
     factors = {file.stem: load_file(file) for file in starts.glob("*.safetensors")}
     model, data = prepare(args)
@@ -251,10 +253,10 @@ def objectives(args: argparse.Namespace, starts: Path) -> dict[str, dict[str, fl
     for name, g in grads.items():
         # eigenvalues of the smaller Gram matrix: a GPU takes minutes for singular values of layers of a 7B model
         squares = torch.linalg.eigvalsh(g @ g.T if len(g) <= g.shape[1] else g.T @ g)
-        best = squares[: len(squares) - 2 * args.rank].clamp_min(0).sum().sqrt()
         for case, tensors in factors.items():
             a, b = (tensors[f"{name}.{factor}"].to(g) for factor in "AB")
             u, v = torch.linalg.qr(b).Q, torch.linalg.qr(a.T).Q
+            best = squares[: len(squares) - len(a) - b.shape[1]].clamp_min(0).sum().sqrt()
             excess[case].append(float((g - u @ (u.T @ g) - (g @ v) @ v.T).norm() / best - 1))
     return {
         case: {"mean_excess": statistics.fmean(found), "worst_excess": max(found), "layers": len(found)}
@@ -262,13 +264,13 @@ def objectives(args: argparse.Namespace, starts: Path) -> dict[str, dict[str, fl
     }
 
 
-def starts_of(peft_model, layers: list[int], rank: int) -> dict[str, torch.Tensor]:
-    """A and B of the named blocks' layers, `{layer}.A` and `{layer}.B`; of doubled ones their trainable half."""
+def starts_of(peft_model, layers: list[int], directions: int) -> dict[str, torch.Tensor]:
+    """The first `directions` of A and of B in the named blocks' layers, `{layer}.A` and `{layer}.B`."""
     found = {}
     for name, module in peft_model.base_model.model.named_modules():
         if hasattr(module, "lora_A") and any(f"layers.{i}." in name for i in layers):
-            found[f"{name}.A"] = module.lora_A["default"].weight.detach()[:rank].clone()
-            found[f"{name}.B"] = module.lora_B["default"].weight.detach()[:, :rank].clone()
+            found[f"{name}.A"] = module.lora_A["default"].weight.detach()[:directions].clone()
+            found[f"{name}.B"] = module.lora_B["default"].weight.detach()[:, :directions].clone()
     return found
 
 
@@ -309,7 +311,8 @@ def run_case(args: argparse.Namespace, case: str, starts: Path | None) -> dict:
     if report is not None:
         row |= {"state_bytes": report.state_bytes, "phases": report.seconds}
     if starts and case in CHECKED:
-        save_file(starts_of(result, args.check_layers, args.rank), starts / f"{case}.safetensors")
+        directions = args.rank if case in PEERS else args.rank // 2  # a mirror holds each one twice
+        save_file(starts_of(result, args.check_layers, directions), starts / f"{case}.safetensors")
     return row
 
 
@@ -420,7 +423,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-105m")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the model; bfloat16 on cuda, else float32")
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)

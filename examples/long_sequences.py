@@ -13,7 +13,7 @@ import resource
 import sys
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -61,16 +61,15 @@ def main(tokens: int = 4096, vocabulary: int = 48000) -> None:
     """Initialise and train a step by chunks, then initialise with the model's own loss."""
     ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "labels": ids}
-    config = LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear")
     model = build(vocabulary)
     print(f"{tokens} tokens, vocabulary {vocabulary}: all logits would be {tokens * vocabulary * 4 / 1e9:.2f} GB")
     print(f"model in memory:                  peak {peak()}")
-    model = loraga.fast_init(model, [batch], config, loss_fn=chunked_loss, show_progress_bar=False)
+    model = loraga.fast_init(model, [batch], loss_fn=chunked_loss, show_progress_bar=False)
     print(f"fast_init, loss by chunks:        peak {peak()}")
     model.train()
     chunked_loss(model, batch).backward()
     print(f"a training step, loss by chunks:  peak {peak()}")
-    loraga.fast_init(build(vocabulary), [batch], config, loss_fn=whole_loss, show_progress_bar=False)
+    loraga.fast_init(build(vocabulary), [batch], loss_fn=whole_loss, show_progress_bar=False)
     print(f"fast_init, the model's own loss:  peak {peak()}")
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"w{i}" for i in range(60)]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "user", "assistant", ":"]
 TEMPLATE = "{% for m in messages %}{{ m.role + ' : ' + m.content + ' ' }}{% endfor %}"
+REPORTS = ("loraga_report.json", "loraga_report.png")
 QUIET = ("--rank", "2", "--batch-size", "2", "--max-batches", "2", "--device", "cpu", "--quiet")
 
 
@@ -122,7 +123,9 @@ def test_init_writes_an_adapter_that_plain_peft_loads(models, tmp_path, capsys, 
     nothing_left(tmp_path, "adapter", "data.jsonl")
     config = json.loads((output / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(models[family])
-    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (2, 16, True)
+    assert (config["r"], config["use_rslora"], config["init_lora_weights"]) == (2, False, True)
+    assert config["lora_alpha"] == pytest.approx(16 * 2**0.5)
+    nothing_left(output, "README.md", "adapter_config.json", "adapter_model.safetensors", *REPORTS)
 
     auto = {"llama": AutoModelForCausalLM, "bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}[family]
     base = auto.from_pretrained(models[family]).eval()
@@ -132,18 +135,18 @@ def test_init_writes_an_adapter_that_plain_peft_loads(models, tmp_path, capsys, 
     with torch.no_grad():
         before = base(**batch).logits
         loaded = PeftModel.from_pretrained(base, output, is_trainable=True)
-        # zero-b: the function is the base model's bit for bit, and A is the gradient's.
-        assert torch.equal(loaded.eval()(**batch).logits, before)
+        torch.testing.assert_close(loaded.eval()(**batch).logits, before, rtol=0, atol=2e-5)
     weights = {name: p for name, p in loaded.named_parameters() if "lora_" in name}
     assert weights and all(p.requires_grad for p in weights.values())
     report = loraga.InitReport.load(output / "loraga_report.json")
-    assert report.micro_batches == 2 and report.seed == 0 and report.config["offset"] == "zero-b"
+    assert report.micro_batches == 2 and report.seed == 0 and report.config["start"] == "mirror"
     for layer in report.initialised:
         (A,) = [p for name, p in weights.items() if f"{layer.name}.lora_A" in name]
         (B,) = [p for name, p in weights.items() if f"{layer.name}.lora_B" in name]
+        # one pair, of the length that makes the first step that of rank 1 and the same alpha
         size = layer.shape[0] ** 0.25 / 4.0
-        torch.testing.assert_close(A @ A.T, size**2 * torch.eye(2), rtol=1e-4, atol=1e-5)
-        assert not B.any()
+        assert torch.equal(A[0], A[1]) and torch.equal(B[:, 0], -B[:, 1])
+        torch.testing.assert_close(torch.stack([A[0].norm(), B[:, 0].norm()]), torch.full((2,), size))
     assert len(report.initialised) == len(weights) // 2
     assert (output / "loraga_report.png").read_bytes().startswith(b"\x89PNG")
 
@@ -152,7 +155,7 @@ def test_options_reach_the_adapter_and_the_summary_is_printed(models, tmp_path, 
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"text": " ".join(WORDS * 2)}) + "\n" + json.dumps(row("text", 1)) + "\n")
     output = tmp_path / "deep" / "adapter"
-    options = "--rank 3 --alpha 6 --target-modules q_proj,v_proj down_proj --no-rslora --scale gd --direction random"
+    options = "--rank 3 --alpha 6 --target-modules q_proj,v_proj down_proj --scale gd --direction random"
     sizes = "--seed 5 --batch-size 1 --max-batches 2 --max-length 100 --dtype bfloat16 --device cpu --gamma 64"
     assert run(models["llama"], "--data", data, "--output", output, *options.split(), *sizes.split()) == 0
     captured = capsys.readouterr()
@@ -164,7 +167,7 @@ def test_options_reach_the_adapter_and_the_summary_is_printed(models, tmp_path, 
     assert sorted(config["target_modules"]) == ["down_proj", "q_proj", "v_proj"]
     report = loraga.InitReport.load(output / "loraga_report.json")
     assert (report.seed, report.micro_batches) == (5, 2)
-    expected = {"direction": "random", "scale": "gd", "stable_gamma": 64, "offset": "zero-b"}
+    expected = {"direction": "random", "scale": "gd", "stable_gamma": 64, "start": "mirror"}
     assert expected.items() <= report.config.items()
 
 
@@ -183,27 +186,52 @@ def test_same_seed_same_bits(models, tmp_path):
     assert not all(torch.equal(a[key], c[key]) for key in a)
 
 
-def test_lora_one_starts_with_a_step_and_no_offset(models, tmp_path):
+def test_without_a_rank_it_is_the_adapter_that_fast_init_makes(models, tmp_path):
+    from transformers import AutoModelForCausalLM
+
     data = write_data(tmp_path / "data.jsonl")
-    assert run(models["llama"], "--data", data, "--output", tmp_path / "out", *QUIET, "--method", "lora-one") == 0
-    report = loraga.InitReport.load(tmp_path / "out" / "loraga_report.json")
-    assert report.config["offset"] == "none"
-    assert all(value.any() for value in weights_of(tmp_path / "out").values())
+    sizes = ("--batch-size", "2", "--max-batches", "1", "--device", "cpu", "--quiet")
+    assert run(models["llama"], "--data", data, "--output", tmp_path / "out", *sizes) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert type(config["lora_alpha"]) is int
+    batch = {"input_ids": torch.tensor([[1, 9, 10, 11, 2]])}
+    model = loraga.fast_init(
+        AutoModelForCausalLM.from_pretrained(models["llama"]), [batch | {"labels": batch["input_ids"]}]
+    )
+    default = model.peft_config["default"]
+    for option in ("r", "lora_alpha", "use_rslora"):
+        assert config[option] == getattr(default, option) == {"r": 16, "lora_alpha": 64, "use_rslora": False}[option]
 
 
-def test_anchor_writes_both_halves(models, tmp_path):
+def test_zero_b_is_the_base_model_bit_for_bit(models, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     data = write_data(tmp_path / "data.jsonl")
-    assert run(models["llama"], "--data", data, "--output", tmp_path / "out", *QUIET, "--offset", "anchor") == 0
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+    assert run(models["llama"], "--data", data, "--output", tmp_path / "out", *QUIET, "--start", "zero-b") == 0
+    assert loraga.InitReport.load(tmp_path / "out" / "loraga_report.json").config["start"] == "zero-b"
+    weights = weights_of(tmp_path / "out")
+    for name, value in weights.items():
+        if "lora_A" in name:
+            m = len(weights[name.replace("lora_A", "lora_B")])
+            torch.testing.assert_close(value @ value.T, m**0.5 / 4 * torch.eye(2), rtol=1e-4, atol=1e-5)
+        else:
+            assert not value.any()
     base = AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
     ids = torch.tensor([[1, 9, 10, 11, 2]])
     with torch.no_grad():
         before = base(input_ids=ids).logits
-        after = PeftModel.from_pretrained(base, tmp_path / "out")(input_ids=ids).logits
-    torch.testing.assert_close(after, before, rtol=0, atol=2e-5)
+        assert torch.equal(PeftModel.from_pretrained(base, tmp_path / "out")(input_ids=ids).logits, before)
+
+
+def test_lora_one_starts_with_a_step(models, tmp_path):
+    data = write_data(tmp_path / "data.jsonl")
+    assert run(models["llama"], "--data", data, "--output", tmp_path / "out", *QUIET, "--method", "lora-one") == 0
+    report = loraga.InitReport.load(tmp_path / "out" / "loraga_report.json")
+    assert report.config["method"] == "lora-one" and report.config["start"] is None
+    weights = weights_of(tmp_path / "out")
+    steps = [weights[name.replace("lora_A", "lora_B")] @ value for name, value in weights.items() if "lora_A" in name]
+    assert len(steps) == 14 and all(step.any() for step in steps)
 
 
 def test_whole_conversations_are_said_to_be_learned(models, tmp_path, capsys):
@@ -239,7 +267,7 @@ def test_no_plot_without_matplotlib(models, tmp_path, capsys, monkeypatch):
         (["init", "m", "--data", "d", "--output", "o", "--alpha", "nan"], "--alpha: 'nan' must be a number above 0"),
         (["init", "m", "--data", "d", "--output", "o", "--gamma", "0"], "--gamma: '0' must be a number above 0"),
         (["init", "m", "--data", "d", "--output", "o", "--scale", "foo"], "--scale: invalid choice: 'foo'"),
-        (["init", "m", "--data", "d", "--output", "o", "--offset", "subtract"], "--offset: invalid choice: 'subtract'"),
+        (["init", "m", "--data", "d", "--output", "o", "--start", "foo"], "--start: invalid choice: 'foo'"),
         (["init", "m", "--data", "d", "--output", "o", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["init", "m", "--data", "d", "--output", "o", "--foo"], "unrecognized arguments: --foo"),
     ],
@@ -254,11 +282,15 @@ def test_wrong_usage(capsys, arguments, message):
 
 def test_options_that_do_not_go_together(tmp_path, capsys):
     data = write_data(tmp_path / "data.jsonl")
-    common = ("model", "--data", data, "--output", tmp_path / "out", "--method", "lora-one")
-    assert run(*common, "--offset", "anchor") == 2
-    assert "offset='anchor' does not go with method='lora-one'" in one_line(capsys, 2)
-    assert run(*common, "--direction", "random") == 2
-    assert "direction='random' does not go with method='lora-one'" in one_line(capsys, 2)
+    common = ("model", "--data", data, "--output", tmp_path / "out")
+    lora_one, zero_b = ("--method", "lora-one"), ("--start", "zero-b")
+    for options, message in (
+        ((*lora_one, *zero_b), "start='zero-b' does not go with method='lora-one'"),
+        ((*lora_one, "--direction", "random"), "direction='random' does not go with method='lora-one'"),
+        ((*zero_b, "--direction", "random"), "direction='random' does not go with start='zero-b'"),
+    ):
+        assert run(*common, *options) == 2
+        assert message in one_line(capsys, 2)
 
 
 def test_bad_data_is_found_before_the_model_is_looked_for(tmp_path, capsys):
@@ -304,12 +336,24 @@ def test_rows_that_do_not_go_with_the_model(models, tmp_path, capsys):
     nothing_left(tmp_path, "data.jsonl")
 
 
-def test_a_rank_too_large_names_the_layer_and_the_largest(models, tmp_path, capsys):
+@pytest.mark.parametrize("start", ["mirror", "zero-b"])
+def test_a_rank_above_what_a_layer_has_is_filled_up(models, tmp_path, start):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     data = write_data(tmp_path / "data.jsonl")
-    assert run(models["llama"], "--data", data, "--output", tmp_path / "out", *QUIET, "--rank", "9") == 2
-    line = one_line(capsys, 2)
-    assert "k_proj" in line and "largest usable r here is 8" in line
-    nothing_left(tmp_path, "data.jsonl")
+    options = (*QUIET, "--rank", "40", "--start", start)
+    assert run(models["llama"], "--data", data, "--output", tmp_path / "out", *options) == 0
+    report = loraga.InitReport.load(tmp_path / "out" / "loraga_report.json")
+    assert {layer.directions for layer in report.initialised} == {16, 32} and not report.ordinary
+    weights = weights_of(tmp_path / "out")
+    assert all(40 in value.shape for value in weights.values())
+    base = AutoModelForCausalLM.from_pretrained(models["llama"]).eval()
+    ids = torch.tensor([[1, 9, 10, 11, 2]])
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        after = PeftModel.from_pretrained(base, tmp_path / "out")(input_ids=ids).logits
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-5)
 
 
 def test_no_such_layer(models, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,8 +13,8 @@ from loraga.config import (
     DIRECTIONS,
     ESTIMATORS,
     METHODS,
-    OFFSETS,
     SCALES,
+    STARTS,
     InitConfig,
 )
 
@@ -21,7 +22,7 @@ CHOICES = {
     "method": METHODS,
     "direction": DIRECTIONS,
     "scale": SCALES,
-    "offset": OFFSETS,
+    "start": STARTS,
     "estimator": ESTIMATORS,
     "buffer_dtype": BUFFER_DTYPES,
     "buffer_device": BUFFER_DEVICES,
@@ -38,8 +39,8 @@ def test_unknown_choice_lists_what_is_allowed(option, bad):
     assert all(repr(allowed) in message for allowed in CHOICES[option])
 
 
-@pytest.mark.parametrize("option", [name for name in CHOICES if name != "offset"])
-def test_none_is_a_choice_for_offset_only(option):
+@pytest.mark.parametrize("option", CHOICES)
+def test_none_is_no_choice(option):
     with pytest.raises(ValueError, match=f"{option}=None"):
         InitConfig(**{option: None})
 
@@ -58,44 +59,50 @@ def test_gamma_must_be_a_number(option, bad):
         InitConfig(**{option: bad})
 
 
-@pytest.mark.parametrize("offset", ["anchor", "subtract", "zero-b"])
-def test_lora_one_takes_no_offset(offset):
-    with pytest.raises(ValueError, match=f"offset='{offset}' does not go with method='lora-one'"):
-        InitConfig(method="lora-one", offset=offset)
-    assert InitConfig(offset=offset).offset == offset
+def test_the_default_is_lora_gas_mirror():
+    assert STARTS == ("mirror", "zero-b")
+    assert (InitConfig().method, InitConfig().start) == ("lora-ga", "mirror")
 
 
-def test_lora_ga_needs_an_offset():
-    with pytest.raises(ValueError, match="offset='none' does not go with method='lora-ga'"):
-        InitConfig(offset="none")
-
-
-@pytest.mark.parametrize("option, value", [("direction", "random"), ("scale", "gd")])
-def test_lora_one_has_no_direction_or_scale(option, value):
+@pytest.mark.parametrize("option, value", [("start", "zero-b"), ("direction", "random"), ("scale", "gd")])
+def test_lora_one_has_a_start_of_its_own(option, value):
     with pytest.raises(ValueError, match=f"{option}='{value}' does not go with method='lora-one'"):
         InitConfig(method="lora-one", **{option: value})
+    assert getattr(InitConfig(**{option: value}), option) == value
 
 
-def test_offset_follows_the_method():
-    assert InitConfig().offset == "anchor"
-    assert InitConfig(method="lora-one").offset == "none"
-    assert InitConfig(method="lora-one", offset="none").offset == "none"
+@pytest.mark.parametrize("direction", [direction for direction in DIRECTIONS if direction != "ArB2r"])
+def test_zero_b_has_one_direction(direction):
+    with pytest.raises(ValueError, match=f"direction='{direction}' does not go with start='zero-b'"):
+        InitConfig(start="zero-b", direction=direction)
+    assert InitConfig(start="zero-b", scale="gd").scale == "gd"
 
 
-@pytest.mark.parametrize("option", [name for name in CHOICES if name not in ("method", "offset")])
+@pytest.mark.parametrize("option, value", [("method", "lora-one"), ("start", "zero-b")])
+def test_one_option_of_a_config_can_be_replaced(option, value):
+    assert dataclasses.replace(InitConfig(), **{option: value}) == InitConfig(**{option: value})
+
+
+@pytest.mark.parametrize("option", [name for name in CHOICES if name != "method"])
 def test_every_allowed_choice_is_kept(option):
     for value in CHOICES[option]:
         assert getattr(InitConfig(**{option: value}), option) == value
 
 
-def test_triplets():
-    assert InitConfig().triplets(8) == 16
-    assert InitConfig(method="lora-one").triplets(8) == 8
-
-
-def test_to_dict_makes_the_same_config_again():
-    config = InitConfig(direction="random", scale="gd", stable_gamma=64, estimator="dense")
-    assert InitConfig(**json.loads(json.dumps(config.to_dict()))) == config
+@pytest.mark.parametrize(
+    "options, unused",
+    [
+        ({"direction": "random", "scale": "gd", "stable_gamma": 64, "estimator": "dense"}, {"lora_one_gamma"}),
+        ({"start": "zero-b", "scale": "unit"}, {"lora_one_gamma", "direction"}),
+        ({"method": "lora-one", "lora_one_gamma": 7}, {"start", "direction", "scale", "stable_gamma"}),
+    ],
+)
+def test_to_dict_says_what_played_a_part_and_makes_the_same_config_again(options, unused):
+    config = InitConfig(**options)
+    saved = json.loads(json.dumps(config.to_dict()))
+    assert {name for name, value in saved.items() if value is None} == unused
+    assert set(saved) == {field.name for field in dataclasses.fields(InitConfig)}
+    assert InitConfig(**{name: value for name, value in saved.items() if value is not None}) == config
 
 
 @pytest.mark.parametrize(

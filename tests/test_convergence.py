@@ -58,7 +58,8 @@ def task(weights) -> convergence.Task:
 
 
 def started(method: str, task: convergence.Task, seed: int = 0) -> torch.nn.Module:
-    return _methods.start(method, task.model(seed), task.batches(seed)[:2], task.adapter, seed=seed)
+    adapter = convergence.adapter_of(task, method)
+    return _methods.start(method, task.model(seed), task.batches(seed)[:2], adapter, seed=seed)
 
 
 # --- the data
@@ -96,7 +97,7 @@ def test_every_method_starts_at_the_base_model_and_trains(method, task):
     assert len(losses) == 2 and losses[-1] < at_start
 
 
-@pytest.mark.parametrize("method", ["lora", "eva", "peft-lora-ga", "lora-ga-anchor"])
+@pytest.mark.parametrize("method", ["lora", "eva", "peft-lora-ga", "lora-ga-mirror"])
 def test_a_start_is_the_same_for_the_same_seed_and_leaves_the_generator_alone(method, task):
     models = [task.model(0), task.model(0)]
     state = torch.get_rng_state()
@@ -107,13 +108,36 @@ def test_a_start_is_the_same_for_the_same_seed_and_leaves_the_generator_alone(me
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_scaling_is_that_of_each_method(task):
-    for method in convergence.COMPARED[1:]:
-        used = _methods.describe(method, task.adapter, started(method, task))
-        root = method in ("rslora", "peft-lora-ga", "lora-one") or method.startswith("lora-ga")
-        assert used["scaling"] == pytest.approx(16 / (math.sqrt(8) if root else 8))
-        if method != "eva":  # it moves ranks between layers and keeps alpha / r
-            assert used["scaling_of_layers"] == pytest.approx([used["scaling"]] * 2)
+@pytest.mark.parametrize("method", convergence.COMPARED[1:])
+def test_every_adapter_has_the_same_rank_and_scaling(method, task):
+    model = started(method, task)
+    used = _methods.describe(method, convergence.adapter_of(task, method), model)
+    assert (used["rank"], used["scaling"]) == (16, 4.0)
+    assert used["scaling_rule"] == ("alpha / sqrt(r)" if method == "rslora" else "alpha / r")
+    ranks = [len(module.lora_A["default"].weight) for module in model.modules() if hasattr(module, "lora_A")]
+    assert used["layers"] == len(ranks) == 7
+    if method == "eva":  # it moves ranks between layers and keeps alpha / r
+        assert sum(ranks) <= 7 * 16
+    else:
+        assert set(ranks) == {16} and used["scaling_of_layers"] == [4.0, 4.0]
+
+
+def test_rslora_with_the_alpha_of_its_own_is_plain_lora(task):
+    """So its row of the table is LoRA's; were it another, the comparison would not be fair."""
+    rslora, lora = (started(method, task) for method in ("rslora", "lora"))
+    assert rslora.peft_config["default"].use_rslora and not lora.peft_config["default"].use_rslora
+    curves = [convergence.train(model, task.batches(0), task.held_out, 1e-3, (2, 4)) for model in (rslora, lora)]
+    assert curves[0] == curves[1]
+
+
+def test_both_starts_of_lora_ga_are_compared(task):
+    found = {}
+    for name in ("mirror", "zero-b"):
+        model = started(f"lora-ga-{name}", task)
+        found[name] = [m.lora_B["default"].weight for m in model.modules() if hasattr(m, "lora_B")]
+        assert _methods.describe("lora", task.adapter, model)["init"]["start"] == name
+    assert all(bool(B.any()) and torch.equal(B[:, :8], -B[:, 8:]) for B in found["mirror"])
+    assert not any(bool(B.any()) for B in found["zero-b"])
 
 
 def test_an_unknown_method_is_named(task):
@@ -125,10 +149,10 @@ def test_an_unknown_method_is_named(task):
 
 
 def test_a_copied_start_trains_as_a_fresh_one(task):
-    start = started("lora-ga-anchor", task)
+    start = started("lora-ga-mirror", task)
     runs = [
         convergence.train(model, task.batches(0), task.held_out, 1e-3, (2, 4))
-        for model in (copy.deepcopy(start), copy.deepcopy(start), started("lora-ga-anchor", task))
+        for model in (copy.deepcopy(start), copy.deepcopy(start), started("lora-ga-mirror", task))
     ]
     assert runs[0] == runs[1] == runs[2]
 
@@ -197,7 +221,7 @@ def test_minilm_is_the_other_task(monkeypatch, weights):
         extensions=0,
         layers=1,
     )
-    for method in ("eva", "peft-lora-ga", "lora-ga-subtract"):  # those that look at the shape of the labels
+    for method in ("eva", "peft-lora-ga", "lora-ga-mirror"):  # those that look at the shape of the labels
         found = convergence.sweep(convergence.DOCSTRINGS, plan, weights, method, (-6,), (), "cpu")
         ((curve,),) = [run["loss"] for run in found["runs"]]
         assert curve[0] == pytest.approx(math.log(16), abs=0.5)

@@ -254,7 +254,16 @@ def test_the_quick_demo_from_end_to_end(tmp_path):
     assert all(sentence in done.stdout for sentence in results["findings"])
     for picture in ("curves.png", "report.png"):
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {f.name for f in (output / "adapter").iterdir()}
+    # what PEFT alone would have written
+    adapter = output / "adapter"
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {file.name for file in adapter.iterdir()} == files
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (16, 64, False)
+    # full fine-tuning's rate and ten times that, for both ways to start an adapter
+    rate = min(run["lr"] for run in results["runs"])
+    for method in (findings.LORA_GA, findings.LORA):
+        assert {round(run["lr"] / rate) for run in results["runs"] if run["method"] == method} == {1, 10}
 
 
 # --- several processes

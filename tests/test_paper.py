@@ -17,6 +17,7 @@ pytest.importorskip("peft.tuners.lora.loraga", reason="this PEFT has no LoRA-GA 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "paper"))
 
 import _harness
+import _methods
 import glue
 import gsm8k
 import published
@@ -56,6 +57,51 @@ def test_the_settings_are_the_published_ones():
     for settings, own in ((glue.PUBLISHED, (1e-4, 32, 128)), (gsm8k.PUBLISHED, (2e-5, 32, 1024))):
         assert (settings.rate, settings.batch, settings.length) == own
         assert (settings.rank, settings.alpha, settings.warmup) == (8, 16, 0.03)
+
+
+@pytest.mark.parametrize(
+    "method, rank, scaling",
+    [("lora", 8, 2), ("pissa", 8, 2), ("dora", 8, 2), ("rslora", 8, 16 / 8**0.5), ("lora-ga-mirror", 16, 4)],
+)
+def test_every_method_has_the_papers_adapter(method, rank, scaling):
+    adapter = glue.PUBLISHED.adapter(method, glue.TARGETS)
+    assert (adapter.rank, adapter.alpha) == (rank, 16)
+    assert adapter.scaling == pytest.approx(scaling)
+
+
+class Regression(torch.nn.Module):
+    """One linear layer and a squared error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(40, 48, bias=False, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=(self.layer(x) - y).square().sum())
+
+
+def test_the_mirror_of_rank_16_takes_the_papers_first_step_of_adam():
+    """The paper's: r 8, alpha 16, rsLoRA, stable with gamma 16, and W - s B A in the place of W."""
+    torch.manual_seed(0)
+    base = Regression()
+    batch = {"x": torch.randn(64, 40, dtype=torch.float64), "y": torch.randn(64, 48, dtype=torch.float64)}
+    (gradient,) = torch.autograd.grad(base(**batch).loss, base.layer.weight)
+    U, _, Vh = torch.linalg.svd(gradient)
+    s, size, rate = 16 / 8**0.5, 48**0.25 / 4, 1e-6
+    A, B = size * Vh[:8], size * U[:, 8:16]
+    # the first step of Adam is as long as the rate in every entry
+    theirs = -rate * s * ((gradient @ A.T).sign() @ A + B @ (B.T @ gradient).sign())
+
+    model = _methods.start(
+        "lora-ga-mirror", base, [batch], glue.PUBLISHED.adapter("lora-ga-mirror", ("layer",)), seed=0
+    )
+    layer = model.base_model.model.layer
+    before = layer.get_delta_weight("default").detach()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    model(**batch).loss.backward()
+    optimizer.step()
+    ours = layer.get_delta_weight("default").detach() - before
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
 def test_readme_holds_the_tables_of_the_committed_results():
@@ -192,7 +238,7 @@ def test_stand_in_sums_are_right():
 # --- the whole
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "lora-ga-anchor"])
+@pytest.mark.parametrize("method", ["full", "lora", "lora-ga-mirror"])
 def test_gsm8k_stand_in_from_end_to_end(method, tmp_path):
     file = tmp_path / "result.json"
     options = ["--stand-in", "--seeds", "0", "--micro-batch", "16", "--methods", method, "--output", str(file)]
@@ -205,11 +251,11 @@ def test_gsm8k_stand_in_from_end_to_end(method, tmp_path):
 
 def test_glue_stand_in_from_end_to_end_trains_what_the_method_says(tmp_path):
     file = tmp_path / "result.json"
-    options = ["--stand-in", "--seeds", "0", "--methods", "lora", "lora-ga-anchor", "--tasks", "mnli"]
+    options = ["--stand-in", "--seeds", "0", "--methods", "lora", "lora-ga-mirror", "--tasks", "mnli"]
     lora, ours = glue.main([*options, "--output", str(file)])
-    assert lora["scaling"] == 2.0 and ours["scaling"] == pytest.approx(16 / 8**0.5)
-    assert lora["trainable_parameters"] == ours["trainable_parameters"]
-    assert ours["init"]["offset"] == "anchor"
+    assert (lora["rank"], lora["scaling"]) == (8, 2.0) and (ours["rank"], ours["scaling"]) == (16, 4.0)
+    assert 2 * lora["trainable_parameters"] == ours["trainable_parameters"]
+    assert ours["init"]["start"] == "mirror"
     assert json.loads(file.read_text())["settings"]["rate"] == 1e-4
 
 
@@ -218,12 +264,12 @@ def test_fine_tuning_moves_the_adapter_and_leaves_the_base(tokenizer):
     model, tokenizer = gsm8k.load(tiny=True, method="lora")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = _harness.replace(gsm8k.PUBLISHED, micro_batch=16)
-    adapter = gsm8k.Adapter(settings.rank, settings.alpha, gsm8k.TARGETS, task_type="CAUSAL_LM")
+    adapter = settings.adapter("lora-ga-mirror", gsm8k.TARGETS, task_type="CAUSAL_LM")
     features = gsm8k.encode(train, tokenizer, settings.length)
-    trained, _ = _harness.fine_tune("lora-ga-anchor", model, features, tokenizer, adapter, settings, seed=0, large=True)
+    trained, _ = _harness.fine_tune("lora-ga-mirror", model, features, tokenizer, adapter, settings, seed=0, large=True)
     after = {name.replace(".base_layer", ""): tensor for name, tensor in trained.base_model.model.state_dict().items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    moved = [
+    moved = [  # both halves of B by the same, which begin as B0 and -B0
         module.lora_B["default"].weight[:, :8] + module.lora_B["default"].weight[:, 8:]
         for module in trained.modules()
         if hasattr(module, "lora_B")

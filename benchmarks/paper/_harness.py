@@ -24,7 +24,8 @@ import _machine
 import _methods
 from _methods import Adapter
 
-METHODS = ("full", "lora", "pissa", "rslora", "dora", "lora-ga-anchor")
+METHODS = ("full", "lora", "pissa", "rslora", "dora", "lora-ga-mirror")
+RSLORA = ("rslora", "peft-lora-ga", "lora-one")  # published with s = alpha / sqrt(r)
 RESULTS = Path(__file__).parents[1] / "results"
 Features = list[dict[str, list[int]]]
 
@@ -36,7 +37,7 @@ class Settings:
     Args:
         rate (`float`), batch (`int`), length (`int`): learning rate, rows per step, tokens per row at most.
         warmup (`float`): share of the steps; a cosine to zero follows. AdamW without weight decay, one epoch.
-        rank (`int`), alpha (`int`): of every adapter.
+        rank (`int`), alpha (`int`): the paper's; see `adapter`.
         init_batches (`int`), init_batch (`int`): what the methods that look at data may see: batches, rows in each.
         micro_batch (`int`): rows at a time on the device; `batch` is reached by accumulation.
     """
@@ -50,6 +51,16 @@ class Settings:
     warmup: float = 0.03
     init_batches: int = 8
     init_batch: int = 1
+
+    def adapter(self, method: str, targets: tuple[str, ...], **more: Any) -> Adapter:
+        """A method's adapter of the published rank and alpha.
+
+        The paper's LoRA-GA is loraga's mirror of twice that rank: with rsLoRA and the same alpha its first step of Adam
+        is the same, and no base weight changes.
+        """
+        ours = method in ("lora-ga-mirror", "lora-ga-zero-b")
+        rank = 2 * self.rank if ours else self.rank
+        return Adapter(rank, self.alpha, targets, use_rslora=ours or method in RSLORA, **more)
 
 
 def parser(

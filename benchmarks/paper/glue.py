@@ -16,7 +16,6 @@ from typing import Any
 import _harness
 import torch
 from _harness import Features, Settings
-from _methods import Adapter
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -130,13 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> list[dict]:
     parser = _harness.parser(__doc__, PUBLISHED, _harness.METHODS, seeds=(0, 1, 2))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     args, settings = _harness.parse(parser, arguments, PUBLISHED)
-    adapter = Adapter(settings.rank, settings.alpha, TARGETS, token_labels=False, task_type="SEQ_2_SEQ_LM")
 
     def run(add: Callable[[dict], None]) -> None:
         for task in args.tasks:
             train, validation = (stand_in if args.stand_in else real)(task)
             for seed in args.seeds:
                 for method in args.methods:
+                    adapter = settings.adapter(method, TARGETS, token_labels=False, task_type="SEQ_2_SEQ_LM")
                     model, tokenizer = load(args.stand_in)
                     features = encode(task, train, tokenizer, settings.length)
                     model, used = _harness.fine_tune(method, model, features, tokenizer, adapter, settings, seed=seed)

@@ -17,7 +17,6 @@ from typing import Any
 import _harness
 import torch
 from _harness import Features, Settings
-from _methods import Adapter
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -138,13 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> list[dict]:
     parser = _harness.parser(__doc__, PUBLISHED, methods, seeds=(0,))
     parser.add_argument("--new-tokens", type=int, default=512, help="of a generated answer, at most")
     args, settings = _harness.parse(parser, arguments, PUBLISHED)
-    adapter = Adapter(settings.rank, settings.alpha, TARGETS, task_type="CAUSAL_LM")
 
     def run(add: Callable[[dict], None]) -> None:
         train, test = stand_in() if args.stand_in else real()
         new_tokens = 16 if args.stand_in else args.new_tokens
         for seed in args.seeds:
             for method in args.methods:
+                adapter = settings.adapter(method, TARGETS, task_type="CAUSAL_LM")
                 model, tokenizer = load(args.stand_in, method)
                 features = encode(train, tokenizer, settings.length)
                 model, used = _harness.fine_tune(

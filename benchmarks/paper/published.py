@@ -25,7 +25,7 @@ PUBLISHED_GLUE: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     (None, "LoRA+", ("85.81 ± 0.09", "93.85 ± 0.24", "77.53 ± 0.20", "93.14 ± 0.03", "74.43 ± 1.39")),
     ("dora", "DoRA", ("85.67 ± 0.09", "94.04 ± 0.53", "72.04 ± 0.94", "93.04 ± 0.06", "68.08 ± 0.51")),
     (None, "AdaLoRA", ("85.45 ± 0.11", "93.69 ± 0.20", "69.16 ± 0.24", "91.66 ± 0.05", "68.14 ± 0.28")),
-    ("lora-ga-anchor", "LoRA-GA", ("85.70 ± 0.09", "94.11 ± 0.18", "80.57 ± 0.20", "93.18 ± 0.06", "85.29 ± 0.24")),
+    ("lora-ga-mirror", "LoRA-GA", ("85.70 ± 0.09", "94.11 ± 0.18", "80.57 ± 0.20", "93.18 ± 0.06", "85.29 ± 0.24")),
 )
 PUBLISHED_GSM8K: tuple[tuple[str | None, str, str], ...] = (
     ("full", "Full", "59.36"),
@@ -35,7 +35,7 @@ PUBLISHED_GSM8K: tuple[tuple[str | None, str, str], ...] = (
     (None, "LoRA+", "52.11"),
     ("dora", "DoRA", "53.07"),
     (None, "AdaLoRA", "50.72"),
-    ("lora-ga-anchor", "LoRA-GA", "53.60"),
+    ("lora-ga-mirror", "LoRA-GA", "53.60"),
 )
 
 

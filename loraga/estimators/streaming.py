@@ -31,7 +31,7 @@ _PROBES = 16
 
 
 def sketch_width(rank: int) -> int:
-    """Columns k of the sketch for `rank` triplets: max(4 rank, rank + 64), that is max(8r, 2r + 64) for LoRA-GA.
+    """Columns k of the sketch for `rank` triplets: max(4 rank, rank + 64).
 
     Rounded up to a multiple of 16.
     """

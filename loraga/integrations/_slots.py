@@ -175,9 +175,9 @@ def _check_base_is_original(peft_model: PeftModel, adapter_name: str) -> None:
         changed = not all(is_fresh(slot) for slot in slots)
     if changed:
         raise ValueError(
-            f"Adapter {adapter_name!r} was made with init_lora_weights={start!r}, which changes the base weights (PEFT's "
-            "LoRA-GA does without loraga.apply_to_peft). Load the base model again and make the adapter with "
-            "init_lora_weights=True."
+            f"Adapter {adapter_name!r} was made with init_lora_weights={start!r}, which changes the base weights "
+            "(PEFT's own LoRA-GA does; with loraga.apply_to_peft it does not). Load the base model again and make the "
+            "adapter with init_lora_weights=True."
         )
 
 

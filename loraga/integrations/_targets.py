@@ -141,8 +141,8 @@ def _ordinary(lora_config: LoraConfig) -> LoraConfig:
         )
     if getattr(lora_config, "kasa_config", None) is not None:
         raise ValueError(
-            "kasa_config changes the base weights as soon as the adapter is made, and loraga starts at the base. Leave it "
-            "out, or use get_peft_model for KaSA."
+            "kasa_config changes the base weights as soon as the adapter is made, and loraga starts at the base. Leave "
+            "it out, or use get_peft_model for KaSA."
         )
     config = plain_start(copy.deepcopy(lora_config))
     if not config.init_lora_weights:  # layers that the gradient does not start have to start somewhere
