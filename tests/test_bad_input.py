@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from zoo import (
     MLP,
+    STARTS,
     assert_same,
     batches,
     build,
@@ -111,16 +112,11 @@ CASES = {
     ),
     "zero gradient": (lambda b: (b, {"loss_fn": lambda m, x: m(**x).loss * 0}), ValueError, "gradient is zero"),
     "max_batches 0": (lambda b: (b, {"max_batches": 0}), ValueError, "max_batches=0"),
-    "init is a dict": (lambda b: (b, {"init": {"offset": "anchor"}}), TypeError, "InitConfig, not a dict"),
+    "init is a dict": (lambda b: (b, {"init": {"start": "mirror"}}), TypeError, "InitConfig, not a dict"),
     "no target": (
         lambda b: (b, {"lora": config(target_modules=["qqq"])}),
         ValueError,
         "'qqq'.*q_proj",
-    ),
-    "rank too large": (
-        lambda b: (b, {"lora": config(r=81)}),
-        ValueError,
-        r"k_proj.*r=81.*largest usable r here is 80",
     ),
     "loader raises at once": (lambda b: (Interrupted(b, 0, OSError("disk")), {}), OSError, "disk"),
     "loader raises later": (lambda b: (Interrupted(b, 2, OSError("disk")), {}), OSError, "disk"),
@@ -183,17 +179,18 @@ def test_a_peft_model_without_that_adapter():
         loraga.fast_init(model, batches("llama"), adapter_name="other", show_progress_bar=False)
 
 
-@pytest.mark.parametrize("call", ["fast_init", "estimate_factors"])
-def test_a_base_that_is_not_the_original(call):
-    """The gradient of the shifted weights is another one."""
-    peft_model = init(MLP(), mlp_batches(), init=InitConfig(offset="subtract"))
-    options = {} if call == "estimate_factors" else {"show_progress_bar": False}
-    with pytest.raises(ValueError, match=r"'layers\.0'.*offset='subtract'.*restore_base"):
-        getattr(loraga, call)(peft_model, mlp_batches(), **options)
-    loraga.restore_base(peft_model)
-    factors = loraga.estimate_factors(peft_model, mlp_batches(), rank=4)
-    for name, f in loraga.estimate_factors(MLP(), mlp_batches(), rank=4).items():
-        assert torch.allclose(factors[f"base_model.model.{name}"].S, f.S, rtol=1e-3)
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_whose_start_changed_the_base(start):
+    """The gradient would be that of other weights, and what is saved would be wrong on the original ones."""
+    model = get_peft_model(MLP(), config(init_lora_weights=start))
+    before = everything_about(model)
+    assert not torch.equal(model.base_model.model.layers[0].weight, MLP().layers[0].weight)
+    seen = []
+    message = f"'default' was made with init_lora_weights='{start}', which changes the base weights.*Load the base"
+    with pytest.raises(ValueError, match=message):
+        loraga.fast_init(model, (seen.append(1) or b for b in mlp_batches()), show_progress_bar=False)
+    assert not seen
+    assert_same(everything_about(model), before)
 
 
 def test_a_config_beside_a_peft_model():
@@ -261,9 +258,9 @@ def test_a_layer_without_gradient_stays_ordinary_and_is_named():
     assert "unused" not in factors and "layers.1" in factors
 
 
-@pytest.mark.parametrize("offset", ["anchor", "subtract"])
+@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("kind", ["plain", "peft"])
-def test_a_warning_made_an_error_changes_nothing(kind, offset):
+def test_a_warning_made_an_error_changes_nothing(kind, start):
     class Unused(MLP):
         def __init__(self):
             super().__init__()
@@ -277,7 +274,7 @@ def test_a_warning_made_an_error_changes_nothing(kind, offset):
             model,
             mlp_batches(),
             config() if kind == "plain" else None,
-            init=InitConfig(offset=offset),
+            init=InitConfig(start=start),
             show_progress_bar=False,
         )
     assert_same(everything_about(model), before)
@@ -324,7 +321,8 @@ def test_no_warning_when_nothing_is_wrong():
         init(MLP(), mlp_batches())
 
 
-def test_subtract_on_a_quantized_base_is_refused_before_any_work():
+@pytest.mark.parametrize("start", STARTS)
+def test_a_base_of_integers_starts_as_any_other(start):
     """B35: an int8 layer, as bitsandbytes stores it."""
 
     class Int8Linear(nn.Linear):
@@ -338,26 +336,16 @@ def test_subtract_on_a_quantized_base_is_refused_before_any_work():
         def forward(self, input):
             return nn.functional.linear(input, self.weight.to(input.dtype) * self.scale, self.bias)
 
-    model, seen = MLP(), []
+    model, x = MLP(), mlp_batches(1)[0]["inputs"]
     model.layers[1] = Int8Linear(model.layers[1])
-    loader = Interrupted(mlp_batches(), 99, OSError())
-    watched = (seen.append(1) or b for b in loader)
-    lora = LoraConfig(r=4, target_modules=["layers.0", "layers.1"])
-    with pytest.raises(ValueError, match=r"layers\.1.*'anchor' or 'zero-b'"):
-        init(model, watched, lora, init=InitConfig(offset="subtract"))
-    assert not seen
-    peft_model = init(model, mlp_batches(), lora)
-    x = mlp_batches(1)[0]["inputs"]
+    stored = model.layers[1].weight.clone()
     with torch.no_grad():
-        assert (peft_model(x)["logits"] - MLPReference(model, x)).abs().max() < 1e-5
-
-
-def MLPReference(model, x):
-    with torch.no_grad():
-        for layer in model.layers[:-1]:
-            base = getattr(layer, "base_layer", layer)
-            x = torch.tanh(base(x))
-        return model.layers[-1](x)
+        expected = model(x)["logits"]
+        lora = LoraConfig(r=4, target_modules=["layers.0", "layers.1"])
+        peft_model = init(model, mlp_batches(), lora, init=InitConfig(start=start))
+        assert len(peft_model.loraga_report.initialised) == 2
+        assert (peft_model(x)["logits"] - expected).abs().max() <= (0 if start == "zero-b" else 1e-5)
+    assert torch.equal(peft_model.unload().layers[1].weight, stored)
 
 
 def test_zero_grad_and_optimizer_calls_in_the_loss_function_do_no_harm():

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
-from zoo import R, batches, build, captured, exact_gradients, halves, init
+from zoo import STARTS, R, assert_plain, batches, build, captured, config, exact_gradients, init, matrices
 
 import loraga
 from loraga import InitConfig
@@ -51,18 +52,20 @@ def test_factors_are_those_of_the_cpu(dtype, device):
     assert_captures(factors)
 
 
+@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_function_is_unchanged(dtype, device):
+def test_the_function_is_unchanged(dtype, start, device):
     model = model_on(device, dtype)
     batch = {name: values.to(device) for name, values in batches("llama")[0].items()}
     with torch.no_grad():
         expected = model(**batch).logits
-        peft_model = init(model, batches("llama"))
+        peft_model = init(model, batches("llama"), init=InitConfig(start=start))
+        assert_plain(peft_model, get_peft_model(model_on(device, dtype), config()))
         assert {parameter.device for parameter in peft_model.parameters()} == {torch.device(device)}
         with peft_model.disable_adapter():
             assert torch.equal(peft_model(**batch).logits, expected)
         unlike = (peft_model(**batch).logits - expected).abs().max() / expected.abs().max()
-        assert unlike <= (2e-5 if dtype == torch.float32 else 2e-2)
+        assert unlike <= (0 if start == "zero-b" else 2e-5 if dtype == torch.float32 else 2e-2)
     peft_model(**batch).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in peft_model.parameters() if p.requires_grad)
 
@@ -83,7 +86,7 @@ def test_sums_in_host_memory_give_the_same_start(device):
         for place in ("model", "cpu")
     )
     for layer in here.loraga_report.layers:
-        for ours, theirs in zip(halves(there, layer.name), halves(here, layer.name), strict=True):
+        for ours, theirs in zip(matrices(there, layer.name), matrices(here, layer.name), strict=True):
             assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
 
 

@@ -17,7 +17,6 @@ import loraga
 
 # the first test waits for all processes: 40 seconds on two idle cores, several times that on busy ones
 pytestmark = pytest.mark.timeout(500)
-OFFSETS = ("anchor", "zero-b")
 ORDERS = ("before", "after")
 PEFT_HAS_LORA_GA = hasattr(peft, "preprocess_loraga")
 
@@ -48,14 +47,15 @@ def found(tmp_path_factory):
         "autocast": (jobs.autocast, 2),
         "not linear streaming": (jobs.not_linear, 2, "streaming"),
         "not linear dense": (jobs.not_linear, 2, "dense"),
-        **{f"every kind {o} {n}": (jobs.every_kind, n, o) for o in ("anchor", "subtract") for n in (1, 2)},
+        **{f"every kind {start} {n}": (jobs.every_kind, n, start) for start in zoo.STARTS for n in (1, 2)},
+        "ordinary": (jobs.ordinary, 2),
         "every kind sharded": (jobs.every_kind_sharded, 2),
         **({"peft flow": (jobs.peft_flow, 2, str(folder))} if PEFT_HAS_LORA_GA else {}),
         "failures": (jobs.failures, 4),
         "alone": (jobs.alone, 2),
         "ddp": (jobs.ddp, 2),
-        **{f"whole {offset}": (jobs.whole, 1, offset) for offset in OFFSETS},
-        **{f"{offset} {o}": (jobs.sharded, 2, offset, o, str(folder)) for offset in OFFSETS for o in ORDERS},
+        **{f"whole {start}": (jobs.whole, 1, start) for start in zoo.STARTS},
+        **{f"{start} {o}": (jobs.sharded, 2, start, o, str(folder)) for start in zoo.STARTS for o in ORDERS},
         "memory": (jobs.memory, 2),
         "refusals": (jobs.refusals, 2),
         "cut short": (jobs.cut_short, 2),
@@ -103,7 +103,7 @@ def test_bytes_reduced_are_those_of_three_thin_exchanges(found):
     expected = 0
     for layer in found["two"][0]["report"]:
         m, n = layer["shape"]
-        k, q = loraga.estimators.sketch_width(jobs.RANK), jobs.RANK
+        k, q = loraga.estimators.sketch_width(zoo.R), zoo.R
         sketch = 2 * k * n + (k + 16) * m
         expected += 4 * ((sketch if m * n > 2 * k * (m + n) else m * n) + q * (m + n + 1)) + 8
     counts = 8 * 5 * (1 + len(found["two"][0]["report"]))
@@ -151,10 +151,10 @@ def test_layers_that_are_not_linear(found, estimator):
     assert first["norm"] == pytest.approx([1.0] * 3, rel=0.01)
 
 
-@pytest.mark.parametrize("offset", ["anchor", "subtract"])
-def test_adapters_of_every_kind(found, offset):
+@pytest.mark.parametrize("start", zoo.STARTS)
+def test_adapters_of_every_kind(found, start):
     """Convolutions, an embedding and experts, one of which no rank uses: as one process with all batches."""
-    (alone,), (first, second) = found[f"every kind {offset} 1"], found[f"every kind {offset} 2"]
+    (alone,), (first, second) = found[f"every kind {start} 1"], found[f"every kind {start} 2"]
     assert first == second
     assert first["ordinary"] == alone["ordinary"]
     assert list(first["ordinary"]) == ["straight.weight[2]", "crossed.weight[2]"]
@@ -162,6 +162,12 @@ def test_adapters_of_every_kind(found, offset):
     assert first["spectra"].keys() == alone["spectra"].keys()
     for name, spectrum in first["spectra"].items():
         assert spectrum == pytest.approx(alone["spectra"][name], rel=1e-3, abs=1e-5 * spectrum[0]), name
+
+
+def test_what_stays_ordinary_is_the_same_on_all_ranks(found):
+    first, second = found["ordinary"]
+    assert first["made"] != second["made"]  # so that equality means something
+    assert first["started"] == second["started"]
 
 
 def test_adapters_of_every_kind_in_sharded_models(found):
@@ -175,7 +181,7 @@ def test_adapters_of_every_kind_in_sharded_models(found):
 
 @pytest.mark.skipif(not PEFT_HAS_LORA_GA, reason="this PEFT has no LoRA-GA (it came with 0.19)")
 def test_pefts_own_calls(found):
-    """B15: the same base and adapter on all ranks, from the mean over all batches."""
+    """B15: the same adapter on all ranks, from the mean over all batches."""
     first, second = found["peft flow"]
     assert first["merged"] == second["merged"] == first["cached"] == second["cached"]
     assert first["counts"] == second["counts"] == (4, 2)
@@ -183,7 +189,7 @@ def test_pefts_own_calls(found):
     assert max(first["excess"]) <= 0.05
     assert second["failed"] == "OSError: bad step"
     assert first["failed"] == "RankFailed: Rank 1 stopped with OSError: bad step"
-    assert first["sharded"].startswith("ValueError: The weights of this model are sharded")
+    assert first["sharded"].startswith("ValueError: The model is sharded by fully_shard already")
 
 
 # ---- failures
@@ -247,20 +253,20 @@ def test_distributed_data_parallel(found):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("offset", OFFSETS)
-def test_fully_shard_trains_as_one_process(found, offset, order):
-    (whole,) = found[f"whole {offset}"]
-    for each in found[f"{offset} {order}"]:
+@pytest.mark.parametrize("start", zoo.STARTS)
+def test_fully_shard_trains_as_one_process(found, start, order):
+    (whole,) = found[f"whole {start}"]
+    for each in found[f"{start} {order}"]:
         assert each["kinds"].keys() == {"DTensor"}
         assert each["losses"] == pytest.approx(whole["losses"], rel=1e-5)
         assert each["back"]
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("offset", OFFSETS)
-def test_what_a_sharded_model_saves_is_a_plain_adapter(found, offset, order):
-    (whole,) = found[f"whole {offset}"]
-    read = PeftModel.from_pretrained(zoo.build("llama"), found["folder"] / f"{offset}-{order}")
+@pytest.mark.parametrize("start", zoo.STARTS)
+def test_what_a_sharded_model_saves_is_a_plain_adapter(found, start, order):
+    (whole,) = found[f"whole {start}"]
+    read = PeftModel.from_pretrained(zoo.build("llama"), found["folder"] / f"{start}-{order}")
     state = {name: value for name, value in read.state_dict().items() if "lora_" in name}
     assert state.keys() == whole["start"].keys()
     for name, value in whole["start"].items():
@@ -276,7 +282,6 @@ def test_no_tensor_of_a_sharded_initialisation_is_larger_than_in_a_training_step
     ("what", "text"),
     [
         ("plain", "ValueError: The model is sharded by fully_shard already"),
-        ("subtract", "ValueError: offset='subtract' does not change the weights of a sharded model"),
         ("weights", "ValueError: scale='weight-svd' needs the whole weight of 'model.layers.0.self_attn.q_proj'"),
         ("uneven", "ValueError: The loaders of 1 of 2 ranks"),
         ("loss", "OSError: behind the forward"),

@@ -10,14 +10,25 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from zoo import MLP, batches, build, captured, config, exact_gradients, init, mlp_batches
+from zoo import (
+    MLP,
+    STARTS,
+    batches,
+    build,
+    captured,
+    config,
+    described,
+    exact_gradients,
+    init,
+    matrices,
+    mlp_batches,
+)
 
 import loraga
 
 KINDS = ("cpu", "disk", "map", "map-in-memory")
 OFFLOADED = ("cpu", "disk", "map")
 NAME = "model.layers.0.self_attn.q_proj"  # offloaded in all of them
-OFFSETS = ("anchor", "zero-b")
 
 
 def offloaded(kind, folder, model=None) -> nn.Module:
@@ -115,24 +126,25 @@ def test_the_gradient_is_exact(data, expected):
         assert captured(gradient, expected[name]) > 0.95, name
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_start_and_training_are_those_of_the_model_in_memory(kind, offset, data, in_memory, tmp_path):
+def test_start_and_training_are_those_of_the_model_in_memory(kind, start, data, in_memory, tmp_path):
     model = offloaded(kind, tmp_path)
     before, reference = places(model), model(**data[0]).logits.detach()
-    peft_model = init(model, data, init=loraga.InitConfig(offset=offset))
+    peft_model = init(model, data, init=loraga.InitConfig(start=start))
     assert all(layer.initialised for layer in peft_model.loraga_report.layers)
     assert list(places(peft_model).values()) == list(before.values())
     assert {value.device.type for value in adapter(peft_model).values()} == {"cpu"}
+    assert described(peft_model) == described(get_peft_model(offloaded(kind, tmp_path), config()))
     with peft_model.disable_adapter():
         assert torch.equal(peft_model(**data[0]).logits, reference)
-    if offset == "zero-b":
+    if start == "zero-b":
         assert torch.equal(peft_model(**data[0]).logits, reference)
     else:
         torch.testing.assert_close(peft_model(**data[0]).logits, reference, atol=5e-6, rtol=0)
 
-    start, losses, trained = in_memory(offset=offset)
-    same_adapter(peft_model, start)
+    expected, losses, trained = in_memory(start=start)
+    same_adapter(peft_model, expected)
     assert torch.equal(train(peft_model, data), losses) and losses.isfinite().all()
     same_adapter(peft_model, trained)
     peft_model.save_pretrained(tmp_path / "adapter")
@@ -146,7 +158,7 @@ def test_an_adapter_that_peft_made_without_storage(low_cpu_mem_usage, data, in_m
     peft_model = get_peft_model(offloaded("cpu", tmp_path), config(), low_cpu_mem_usage=low_cpu_mem_usage)
     assert all(value.is_meta for value in adapter(peft_model).values())
     loraga.fast_init(peft_model, data, show_progress_bar=False)
-    same_adapter(peft_model, in_memory(offset="anchor")[0])
+    same_adapter(peft_model, in_memory(start="mirror")[0])
 
 
 def test_layers_without_a_gradient_start_as_ordinary_ones(tmp_path):
@@ -158,9 +170,9 @@ def test_layers_without_a_gradient_start_as_ordinary_ones(tmp_path):
         model.unused = nn.Linear(8, 8)
         with pytest.warns(UserWarning, match="ordinary LoRA start: unused"):
             peft_model = init(offloaded("cpu", tmp_path, model), mlp_batches())
-        layer = peft_model.base_model.model.unused
-        starts.append(layer.lora_A["default"].trained.detach())
-        assert not layer.lora_B["default"].trained.any()
+        A, B = matrices(peft_model, "unused")
+        starts.append(A)
+        assert not B.any()
     assert torch.equal(*starts) and starts[0].std() > 0
 
 
@@ -174,15 +186,9 @@ def test_weight_svd_reads_an_offloaded_weight(kind, data, tmp_path):
 
 
 REFUSED = {
-    "subtract": (
-        {},
-        loraga.InitConfig(offset="subtract"),
-        rf"cannot change the weight of '{NAME}', which is offloaded",
-    ),
-    "dora": ({"use_dora": True}, None, rf"'{NAME}' is offloaded, and PEFT's DoRA needs it in memory"),
+    "dora": ({"use_dora": True}, rf"'{NAME}' is offloaded, and PEFT's DoRA needs it in memory"),
     "embedding": (
         {"target_modules": ["q_proj", "embed_tokens"]},
-        None,
         r"'model\.embed_tokens' is offloaded, and .* only those of linear layers can be mended. Exclude it",
     ),
 }
@@ -190,11 +196,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_done_is_refused_by_name(case, data, tmp_path):
-    options, start, message = REFUSED[case]
+    options, message = REFUSED[case]
     model = offloaded("cpu", tmp_path)
     kinds, before = [type(module) for module in model.modules()], flags(model)
     with pytest.raises(ValueError, match=message):
-        init(model, data, config(**options), init=start)
+        init(model, data, config(**options))
     assert kinds == [type(module) for module in model.modules()] and before == flags(model)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ def layer(name, shape=(64, 32), energy=0.5, **changes):
         "rank": 8,
         "status": INITIALISED,
         "spectrum": spectrum,
+        "directions": 8,
         "captured_energy": energy,
         "effective_rank": effective_rank(spectrum),
         "updates": 8,
@@ -54,7 +57,7 @@ def llama(blocks):
 def report(layers):
     return InitReport(
         layers=layers,
-        config={"method": "lora-ga", "direction": "ArB2r", "offset": "anchor", "stable_gamma": 16.0},
+        config={"method": "lora-ga", "direction": "ArB2r", "start": "mirror", "stable_gamma": 16.0},
         seconds={"gradients": 3.25, "factors": 0.5},
         state_bytes=3 * 2**20,
         micro_batches=8,
@@ -82,6 +85,9 @@ def test_round_trip(tmp_path):
     plain = json.loads(path.read_text())
     assert plain["layers"][0]["shape"] == [64, 32] and plain["seed"] == 7 and plain["versions"]["torch"]
     assert plain == json.loads(json.dumps(before.to_dict()))
+    path.write_text(json.dumps(plain | {"format": 1}))  # of loraga 0.1
+    with pytest.raises(ValueError, match="another format"):
+        InitReport.load(path)
 
 
 def test_save_takes_a_bare_file_name(tmp_path, monkeypatch):
@@ -109,7 +115,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"format": 1}', '{"format": 2, "layers": []}', '{"format": 1, "layers": [{"shape": [1, 2]}]}'],
+    ["", "[]", "{}", '{"format": 2}', '{"format": 1, "layers": []}', '{"format": 2, "layers": [{"shape": [1, 2]}]}'],
 )
 def test_load_refuses_other_files(tmp_path, content):
     path = tmp_path / "other.json"
@@ -122,21 +128,23 @@ def test_table_of_a_small_model():
     layers = llama(1)
     layers[2] = ordinary(layers[2].name, layers[2].shape, "called, but no gradient reached it")
     layers[3] = layer(layers[3].name, layers[3].shape, updates=7, skipped=1)
+    layers[4] = replace(layers[4], directions=5)
     layers.append(ordinary("vision.conv", (0, 0), "not a linear layer", rank=0))
     text = str(report(layers))
     lines = text.splitlines()
     assert max(map(len, lines)) <= 110
     row = {line.split()[0]: line.split() for line in lines if line.startswith(("model.", "vision"))}
-    assert row["model.layers.0.mlp.down_proj"][1:] == ["4096", "x", "14336", "8", "81.4", "%", "6.1", "2.0e-03", "8"]
-    assert row["model.layers.0.self_attn.v_proj"][1:] == ["1024", "x", "4096", "8", "-", "-", "-", "0", "ordinary"]
+    assert row["model.layers.0.mlp.down_proj"][1:] == ["4096", "x", "14336", *"88", "81.4", "%", "6.1", "2.0e-03", "8"]
+    assert row["model.layers.0.mlp.gate_proj"][1:6] == ["14336", "x", "4096", "8", "5"]
+    assert row["model.layers.0.self_attn.v_proj"][1:] == ["1024", "x", "4096", "8", *"----", "0", "ordinary"]
     assert row["model.layers.0.self_attn.o_proj"][-1] == "7/8"
-    assert row["vision.conv"][1:] == ["-", "-", "-", "-", "-", "0", "ordinary"]
+    assert row["vision.conv"][1:] == [*"------", "0", "ordinary"]
     # Columns are aligned: "out x in" and the numbers under it end at the same place.
     assert len({line.index(" x ") for line in lines if " x " in line and line.startswith("model.")}) <= 2
     assert lines[0].index("out x in") + len("out x in") == lines[2].index("4096 x 4096") + len("4096 x 4096")
     assert "Ordinary LoRA (called, but no gradient reached it): 1 layer\n  model.layers.0.self_attn.v_proj" in text
     assert "8 layers: 6 initialised, 2 ordinary LoRA; captured energy mean 56.2 %, lowest 30.0 %" in text
-    assert "8 micro-batches (1 with NaN or Inf left out), state 3.0 MiB, seed 7, lora-ga, ArB2r, anchor" in text
+    assert "8 micro-batches (1 with NaN or Inf left out), state 3.0 MiB, seed 7, lora-ga, mirror, ArB2r" in text
     assert "gradients 3.25 s, factors 0.50 s, total 3.75 s" in text
 
 
@@ -161,9 +169,10 @@ def test_table_of_a_large_model_is_grouped_by_shape():
         layers[7 * i] = ordinary(layers[7 * i].name, layers[7 * i].shape, "never called")
     text = str(report(layers))
     lines = text.splitlines()
-    assert len(lines) < 30 and max(map(len, lines)) <= 115
+    assert len(lines) < 30 and max(map(len, lines)) <= 125
     assert "64: self_attn.q_proj, self_attn.o_proj" in text and "7 ordinary" in text
-    assert "64: self_attn.k_proj, self_attn.v_proj" in text and "32: mlp.down_proj" in text
+    assert re.search(r"64: self_attn.k_proj, self_attn.v_proj +1024 x 4096 +8 +8 +30\.3 %", text)
+    assert "32: mlp.down_proj" in text
     lowest = lines.index("Lowest captured energy (5 of 217 layers):")
     assert lines[lowest + 1].split() == ["30.3", "%", "model.layers.0.self_attn.k_proj"]
     shares = [float(line.split()[0]) for line in lines[lowest + 1 : lowest + 6]]

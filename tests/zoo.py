@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import loraga
 
 R = 4
-WIDTH, INNER, VOCABULARY = 320, 448, 97
+STARTS = ("mirror", "zero-b")
+WIDTH, INNER, VOCABULARY, CLASSES = 320, 448, 97, 16
 
 
 def _llama(family: str = "Llama", **kwargs) -> nn.Module:
@@ -55,7 +56,7 @@ def _t5() -> nn.Module:
     )
 
 
-def _bert() -> nn.Module:
+def _bert(labels: int = CLASSES) -> nn.Module:
     return hf.BertForSequenceClassification(
         hf.BertConfig(
             vocab_size=VOCABULARY,
@@ -63,12 +64,12 @@ def _bert() -> nn.Module:
             intermediate_size=INNER,
             num_hidden_layers=2,
             num_attention_heads=8,
-            num_labels=16,
+            num_labels=labels,
         )
     )
 
 
-def _vit() -> nn.Module:
+def _vit(labels: int = CLASSES) -> nn.Module:
     return hf.ViTForImageClassification(
         hf.ViTConfig(
             image_size=32,
@@ -77,24 +78,24 @@ def _vit() -> nn.Module:
             intermediate_size=INNER,
             num_hidden_layers=2,
             num_attention_heads=8,
-            num_labels=16,
+            num_labels=labels,
         )
     )
 
 
-def _text(kind: str) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
-    def batch(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _text(kind: str) -> Callable[[int, torch.Generator, int], dict[str, Tensor]]:
+    def batch(rows: int, generator: torch.Generator, classes: int) -> dict[str, Tensor]:
         ids = torch.randint(2, VOCABULARY, (rows, 48), generator=generator)
-        labels = torch.randint(0, 16, (rows,), generator=generator) if kind == "class" else ids
+        labels = torch.randint(0, classes, (rows,), generator=generator) if kind == "class" else ids
         return {"input_ids": ids, "labels": labels}
 
     return batch
 
 
-def _image(rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _image(rows: int, generator: torch.Generator, classes: int) -> dict[str, Tensor]:
     return {
         "pixel_values": torch.randn(rows, 3, 32, 32, generator=generator),
-        "labels": torch.randint(0, 16, (rows,), generator=generator),
+        "labels": torch.randint(0, classes, (rows,), generator=generator),
     }
 
 
@@ -116,9 +117,9 @@ def build(name: str, seed: int = 0, **kwargs) -> nn.Module:
         return _ZOO[name][0](**kwargs).eval()
 
 
-def batches(name: str, count: int = 4, rows: int = 6, seed: int = 1) -> list[dict[str, Tensor]]:
+def batches(name: str, count: int = 4, rows: int = 6, seed: int = 1, classes: int = CLASSES) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [_ZOO[name][1](rows, generator) for _ in range(count)]
+    return [_ZOO[name][1](rows, generator, classes) for _ in range(count)]
 
 
 class MLP(nn.Module):
@@ -138,6 +139,14 @@ class MLP(nn.Module):
         if labels is not None:
             out["loss"] = nn.functional.cross_entropy(logits, labels)
         return out
+
+
+class FewAndNone(MLP):
+    """Of the last target the gradient has 5 directions, and of `unused` none."""
+
+    def __init__(self) -> None:
+        super().__init__((40, 96, 56, 5))
+        self.unused = nn.Linear(40, 30)
 
 
 def mlp_batches(count: int = 4, rows: int = 64, width: int = 40, classes: int = 12, seed: int = 1) -> list[dict]:
@@ -191,10 +200,33 @@ def init(model, loader, lora=None, **kwargs) -> PeftModel:
     return loraga.fast_init(model, loader, lora or config(), show_progress_bar=False, **kwargs)
 
 
-def halves(peft_model, name: str, r: int = R) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, n) and B (m, r): the trained half."""
+def matrices(peft_model, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, n) and B (m, r) of a linear layer."""
     layer = peft_model.base_model.model.get_submodule(name)
-    return layer.lora_A["default"].weight.detach()[:r], layer.lora_B["default"].weight.detach()[:, :r]
+    return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+
+
+def pairs(peft_model, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A0 (p, n) and B0 (m, p) of a layer with an even rank, its r/2 pairs checked to be mirrored."""
+    A, B = matrices(peft_model, name)
+    (A0, A1), (B0, B1) = A.chunk(2), B.chunk(2, dim=1)
+    assert torch.equal(A0, A1) and torch.equal(B0, -B1)
+    return A0, B0
+
+
+def described(model: nn.Module) -> dict:
+    """A model, numbers aside: classes, modes, flags and hooks."""
+    return {
+        "flags": {n: p.requires_grad for n, p in model.named_parameters()},
+        "modes": {n: m.training for n, m in model.named_modules()},
+        "kinds": {n: type(m) for n, m in model.named_modules()},
+        "hooks": {
+            (n, kind): [type(hook) for hook in hooks.values()]
+            for n, m in model.named_modules()
+            for kind, hooks in vars(m).items()
+            if kind.endswith("hooks")
+        },
+    }
 
 
 def everything_about(model: nn.Module) -> dict:
@@ -202,10 +234,7 @@ def everything_about(model: nn.Module) -> dict:
     return {
         "state": {k: v.clone() for k, v in model.state_dict().items()},
         "grad": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
-        "flags": {n: p.requires_grad for n, p in model.named_parameters()},
-        "modes": {n: m.training for n, m in model.named_modules()},
-        "kinds": {n: type(m) for n, m in model.named_modules()},
-        "hooks": {n: (len(m._forward_hooks), len(m._backward_hooks)) for n, m in model.named_modules()},
+        **described(model),
         "rng": torch.get_rng_state(),
     }
 
@@ -219,3 +248,19 @@ def assert_same(a: dict, b: dict) -> None:
     for key in ("flags", "modes", "kinds", "hooks"):
         assert a[key] == b[key], key
     assert torch.equal(a["rng"], b["rng"])
+
+
+def assert_plain(started: PeftModel, plain: PeftModel) -> None:
+    """A started adapter is what PEFT made of the same model and config: numbers of A and B are all that differs."""
+    assert described(started) == described(plain)
+    for n, m in plain.named_modules():
+        own = set(vars(started.get_submodule(n)))
+        assert own - vars(m).keys() <= {"loraga_report"} and own >= vars(m).keys(), n
+    ours, theirs = started.state_dict(), plain.state_dict()
+    assert list(ours) == list(theirs)
+    for name, value in theirs.items():
+        assert (ours[name].shape, ours[name].dtype) == (value.shape, value.dtype), name
+        assert "lora_" in name or torch.equal(ours[name], value), name
+    assert {n: c.to_dict() for n, c in started.peft_config.items()} == {
+        n: c.to_dict() for n, c in plain.peft_config.items()
+    }
