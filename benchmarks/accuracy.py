@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import _bytes
 import _machine
 
+from loraga.capture.isolation import quiet
+from loraga.capture.taps import Taps
 from loraga.estimators import Dense, Estimate, LayerSpec, Streaming, finish, streaming
 from loraga.factors import Factors
-from loraga.quiet import quiet
-from loraga.taps import Taps
 
 Pairs = list[tuple[Tensor, Tensor]]
 BATCHES = (1, 4, 16)

@@ -32,8 +32,8 @@ from transformers import LlamaForCausalLM
 from whole_run import PeakMemory, batches, text
 
 import loraga
-from loraga.integrations._named import without_weights
-from loraga.planning import CHECKPOINTED, plan
+from loraga.integrations.hf_models import without_weights
+from loraga.plan.plan import CHECKPOINTED, plan
 
 MMAP_THRESHOLD = "131072"
 VOCABULARY = 4096

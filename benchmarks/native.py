@@ -25,8 +25,8 @@ import _machine
 import torch
 from torch import Tensor
 
-from loraga import _native
-from loraga.backends import default
+from loraga.ops import native_core as _native
+from loraga.ops import reference as default
 
 SHIFT = 1e-15  # that of the orthonormalisation
 

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import _machine
 
-from loraga import _ops
 from loraga.estimators import LayerSpec, Streaming, finish, sketch_width
 from loraga.linalg import truncated_svd
+from loraga.ops import declared as _ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

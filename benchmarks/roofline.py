@@ -26,10 +26,10 @@ import _machine
 import torch
 from torch import Tensor
 
-from loraga import _ops
-from loraga.backends import triton as dispatch
 from loraga.estimators import LayerSpec, Streaming
 from loraga.linalg import truncated_svd
+from loraga.ops import declared as _ops
+from loraga.ops import triton as dispatch
 
 WINS = Path(__file__).parents[1] / "loraga" / "kernels" / "wins.json"
 # (tokens, m, n, rank of the sketch's triplets): layers of Llama-2-7B, Llama-3-8B (k, v of GQA) and MiniLM

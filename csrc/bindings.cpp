@@ -1,4 +1,4 @@
-// The Python face of the core: integer pointers in, nothing of torch. Callers are checked in loraga/_native.py;
+// The Python face of the core: integer pointers in, nothing of torch. Callers are checked in loraga/ops/native_core.py;
 // what the core throws is turned into Python exceptions here and nowhere else.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -51,7 +51,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
     using namespace loraga;
-    m.doc() = "Native core of loraga. Use it through loraga._native.";
+    m.doc() = "Native core of loraga. Use it through loraga.ops.native_core.";
     py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
     m.def("build_info", &build_info);
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         export_adapter,
         restore_peft,
     )
-    from loraga.report import InitReport, LayerReport
+    from loraga.report.report import InitReport, LayerReport
 
 # public name -> where it lives; imported on first use, so that `loraga --help` does not wait for torch
 _HOMES = {

@@ -2,7 +2,7 @@
 
 import sys
 
-from loraga.cli import main
+from loraga.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

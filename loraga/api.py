@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from loraga import starts, summary
+from loraga.capture.isolation import rng_untouched
+from loraga.capture.run import LossFn, estimate
+from loraga.capture.weight_gradients import WholeWeight
 from loraga.config import InitConfig
-from loraga.distributed import Ranks
-from loraga.estimation import LossFn, estimate
+from loraga.distributed.ranks import Ranks
+from loraga.distributed.sharding import check_injectable, check_layers, check_sharding, resharded
 from loraga.factors import Factors
 from loraga.integrations import peft as adapters
 from loraga.linalg import seed_of
-from loraga.quiet import rng_untouched
-from loraga.report import INITIALISED
-from loraga.sharding import check_injectable, check_layers, check_sharding, resharded
-from loraga.sink import WholeWeight
+from loraga.report import build as summary
+from loraga.report.report import INITIALISED
+from loraga.start import starts
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

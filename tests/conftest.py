@@ -15,6 +15,14 @@ from transformers.utils import logging
 logging.set_verbosity_error()
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders of tiny random models by family, for the command line."""
+    from command_line import tiny_models
+
+    return tiny_models(tmp_path_factory.mktemp("models"))
+
+
 @pytest.fixture(autouse=True)
 def _deterministic_and_poisoned():
     """A fixed global seed; torch.empty gives NaN, so that an entry nobody wrote shows."""

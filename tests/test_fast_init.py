@@ -35,7 +35,7 @@ from zoo import (
 
 import loraga
 from loraga import InitConfig
-from loraga.estimation import _Collector
+from loraga.capture.run import _Collector
 from loraga.estimators import finish
 
 
@@ -236,7 +236,7 @@ print(hashlib.sha256(state).hexdigest())
 """
     outputs = {
         subprocess.run(
-            [sys.executable, "-c", code.format(tests=str(Path(__file__).parent), noise=noise)],
+            [sys.executable, "-c", code.format(tests=str(Path(__file__).parent / "support"), noise=noise)],
             capture_output=True,
             text=True,
             check=True,

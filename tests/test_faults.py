@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import QUIET, run, weights_of, write_data
 from peft import PeftModel
-from test_cli import QUIET, models, run, weights_of, write_data  # noqa: F401
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from zoo import MLP, assert_same, everything_about, init, mlp_batches
 
 import loraga
-from loraga import estimation, whole_files
+from loraga import _atomic_files
+from loraga.capture import run as capture_run
 from loraga.estimators import Dense, Streaming
 
 SECONDS = 120  # what a fault may take at most, on a slow machine
@@ -57,8 +58,8 @@ def readable(folder: Path) -> bool:
 def killed_at(monkeypatch, moment: str) -> None:
     """Have this process die at a moment of `loraga init`."""
     if moment == "between batches":
-        loss, calls = estimation._loss, []
-        monkeypatch.setattr(estimation, "_loss", lambda *a: die() if len(calls) else calls.append(0) or loss(*a))
+        loss, calls = capture_run._loss, []
+        monkeypatch.setattr(capture_run, "_loss", lambda *a: die() if len(calls) else calls.append(0) or loss(*a))
     elif moment == "while weights are written":
         save = PeftModel.save_pretrained
 
@@ -74,7 +75,7 @@ def killed_at(monkeypatch, moment: str) -> None:
 
 
 @pytest.mark.parametrize("moment", ["between batches", "while weights are written", "before the report"])
-def test_the_command_killed_leaves_the_old_adapter(moment, models, tmp_path, monkeypatch):  # noqa: F811
+def test_the_command_killed_leaves_the_old_adapter(moment, models, tmp_path, monkeypatch):
     data = write_data(tmp_path / "data.jsonl")
     arguments = (models["llama"], "--data", data, "--output", tmp_path / "out", *QUIET)
     killed_at(monkeypatch, moment)
@@ -112,7 +113,7 @@ def test_killed_while_writing_into_a_folder(call, tmp_path, monkeypatch):
             calls.append(0)
             replace(a, b)
 
-        monkeypatch.setattr(whole_files.os, "replace", put)
+        monkeypatch.setattr(_atomic_files.os, "replace", put)
         code = in_child(lambda: write(model, tmp_path))
         monkeypatch.undo()
         if code == 0:
@@ -151,7 +152,7 @@ def test_a_full_disk_leaves_earlier_files(call, tmp_path):
     assert not readable(tmp_path / "new") and not list(tmp_path.glob("new/*"))
 
 
-def test_no_space_for_the_command(models, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_no_space_for_the_command(models, tmp_path, capsys, monkeypatch):
     data = write_data(tmp_path / "data.jsonl")
     arguments = (models["llama"], "--data", data, "--output", tmp_path / "out", *QUIET)
 

@@ -2,8 +2,8 @@
 
 from loraga.estimators.base import Estimate, Estimator, LayerSpec
 from loraga.estimators.dense import Dense
-from loraga.estimators.finishing import finish, finish_in_chunks
-from loraga.estimators.staging import StagingRing
+from loraga.estimators.finish import finish, finish_in_chunks
+from loraga.estimators.host_buffers import StagingRing
 from loraga.estimators.streaming import Streaming, power_steps, sketch_width
 
 __all__ = [

@@ -7,12 +7,12 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from loraga import _ops
-from loraga.backends.default import all_finite
 from loraga.estimators.base import LayerSpec, stacked
-from loraga.estimators.staging import StagingRing
+from loraga.estimators.host_buffers import StagingRing
 from loraga.factors import Factors
 from loraga.linalg import truncated_svd
+from loraga.ops import declared as _ops
+from loraga.ops.reference import all_finite
 
 # Numbers of a buffer that are widened at a time.
 _BLOCK_NUMBERS = 2**22

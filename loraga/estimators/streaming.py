@@ -19,11 +19,11 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from loraga import _ops
 from loraga.estimators.base import LayerSpec, stacked
 from loraga.factors import Factors
 from loraga.linalg import test_matrix
 from loraga.linalg.svd import factorize, in_sixteens
+from loraga.ops import declared as _ops
 
 # Random vectors that G is applied to beside V, to estimate the energy that the sketch does not hold; as many as matrix
 # units take at once.

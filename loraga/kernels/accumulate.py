@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraga.backends import default
 from loraga.kernels import tuning
-from loraga.kernels._triton import DTYPES, INTERPRETED, PRECISION, Build, arch_of, is_aligned, rounded, splits_for
+from loraga.kernels.common import DTYPES, INTERPRETED, PRECISION, Build, arch_of, is_aligned, rounded, splits_for
+from loraga.ops import reference as default
 
 accumulate_reference = default.accumulate_
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraga.backends import default
-from loraga.kernels._triton import Build
 from loraga.kernels.accumulate import all_set
+from loraga.kernels.common import Build
+from loraga.ops import reference as default
 
 commit_reference = default.commit_
 
@@ -76,7 +76,7 @@ def _commit_kernel(
 
 
 def commit(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
-    """See `loraga._ops.commit_`. All float32; q, z, probed, new_q and new_z contiguous, left dense in either order."""
+    """See `ops.declared.commit_`. All float32; q, z, probed, new_q and new_z contiguous, left dense in either order."""
     if not left.is_contiguous() and not left.t().is_contiguous():
         left = left.contiguous()
     largest = max(left.numel(), new_z.numel())

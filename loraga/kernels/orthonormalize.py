@@ -26,10 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraga import _ops
 from loraga._version import release_of
-from loraga.backends import default
-from loraga.kernels._triton import Build, arch_of, splits_for
+from loraga.kernels.common import Build, arch_of, splits_for
+from loraga.ops import declared as _ops
+from loraga.ops import reference as default
 
 orthonormalize_reference = default.orthonormalize
 
@@ -204,7 +204,7 @@ def _product_kernel(
 
 
 def orthonormalize(y: Tensor, refine: bool = True) -> Tensor:
-    """See `loraga._ops.orthonormalize`: contiguous float32 Q of the shape of y (..., m, k) float32, any strides."""
+    """See `ops.declared.orthonormalize`: contiguous float32 Q of the shape of y (..., m, k) float32, any strides."""
     if not _FLOAT64_DOT:
         return orthonormalize_reference(y, refine)
     m, k = y.shape[-2:]

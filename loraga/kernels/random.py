@@ -1,4 +1,4 @@
-"""Uniform numbers from a counter-based stream: `loraga._ops.test_matrix_`, filled or drawn where they are used.
+"""Uniform numbers from a counter-based stream: `loraga.ops.declared.test_matrix_`, filled or drawn where they are used.
 
 Number i of stream `seed` is word i mod 4 of Philox4x32-10 (Salmon et al., SC 2011) at counter i div 4: it depends on
 its position only, so block sizes and devices play no part.
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraga.backends import default
-from loraga.kernels._triton import Build
+from loraga.kernels.common import Build
+from loraga.ops import reference as default
 
 test_matrix_reference = default.test_matrix_
 test_matrix_reference.__test__ = False  # type: ignore[attr-defined]

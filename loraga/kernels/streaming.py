@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loraga.backends import default
 from loraga.kernels.thin import fold, project
+from loraga.ops import reference as default
 
 left_product_reference = default.left_product
 right_product_reference = default.right_product
@@ -34,7 +34,7 @@ def _operand(thin: Tensor, dtype: torch.dtype) -> Tensor:
 def left_product(
     x: Tensor, dy: Tensor, v: Tensor, scale: float, rounded: bool, q: Tensor | None, zv: Tensor | None
 ) -> Tensor:
-    """See `loraga._ops.left_product`; float32 operands are never rounded."""
+    """See `loraga.ops.declared.left_product`; float32 operands are never rounded."""
     p = project(x[None], _operand(v, x.dtype), out_dtype=x.dtype)
     onto = None if q is None or zv is None else (q, zv)
     return fold(dy[None], p, scale=scale, onto=onto, transposed=True)[0, : v.shape[1]].t()
@@ -43,7 +43,7 @@ def left_product(
 def right_product(
     x: Tensor, dy: Tensor, q: Tensor, scale: float, rounded: bool, c: Tensor | None, z: Tensor | None
 ) -> Tensor:
-    """See `loraga._ops.right_product`; float32 operands are never rounded."""
+    """See `loraga.ops.declared.right_product`; float32 operands are never rounded."""
     r = project(dy[None], _operand(q, dy.dtype), out_dtype=dy.dtype)
     onto = None if c is None or z is None else (z.t(), c.t())
     return fold(x[None], r, scale=scale, onto=onto, transposed=True)[0, : q.shape[1]]

@@ -14,16 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraga.backends import default
 from loraga.kernels.orthonormalize import orthonormalize
 from loraga.kernels.random import fill
 from loraga.kernels.thin import fold, project
+from loraga.ops import reference as default
 
 subspace_reference = default.subspace
 
 
 def subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """See `loraga._ops.subspace`: q (b, m, k) orthonormal and z = qᵀ g (b, k, n), float32, for g (b, m, n)."""
+    """See `loraga.ops.declared.subspace`: q (b, m, k) orthonormal and z = qᵀ g (b, k, n), float32, for g (b, m, n)."""
     if k % 4 == 0:
         y = project(g, None, seeds=seeds, k=k)
     else:  # drawing goes by fours

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loraga.kernels import tuning
-from loraga.kernels._triton import (
+from loraga.kernels.common import (
     DTYPES,
     INTERPRETED,
     PRECISION,
@@ -182,7 +182,7 @@ def project(
     """A B: (b, T, k) of `out_dtype` for a (b, T, n) with any strides and b (b, n, k) of a's dtype.
 
     With b None the thin operand is drawn: entry (j, c) for matrix i is number j·k + c of the stream `seeds[i]`
-    (`loraga._ops.test_matrix_`), rounded to a's dtype; k must then be a multiple of 4.
+    (`loraga.ops.declared.test_matrix_`), rounded to a's dtype; k must then be a multiple of 4.
     """
     batches, tokens, n = a.shape
     k = b.shape[2] if b is not None else k

@@ -2,7 +2,7 @@
 
 The table maps kernel, width of its operands in bits, architecture and columns of the thin operand (up to) to block
 sizes, warps and stages.
-`python -m loraga.kernels tune` searches on the GPU it finds and writes the winners with the device's name.
+`python -m loraga.kernels.dev tune` searches on the GPU it finds and writes the winners with the device's name.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraga import _ops
 from loraga.factors import Factors
-from loraga.precision import own_precision
+from loraga.linalg.precision import own_precision
+from loraga.ops import declared as _ops
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -25,7 +25,7 @@ def in_sixteens(columns: int) -> int:
 
 
 def test_matrix(rows: int, cols: int, seed: int, device: torch.device | str) -> Tensor:
-    """(rows, cols) float32 on `device`: see `loraga._ops.test_matrix_`."""
+    """(rows, cols) float32 on `device`: see `loraga.ops.declared.test_matrix_`."""
     return _ops.test_matrix_(torch.empty(rows, cols, dtype=torch.float32, device=device), seed)
 
 
@@ -65,7 +65,7 @@ def truncated_svd(
 ) -> Factors:
     """Leading `rank` singular triplets of `g` (m, n), or of each matrix of `g` (b, m, n).
 
-    Randomized subspace iteration (`loraga._ops.subspace`) with a block of max(2 rank, rank + oversampling) columns,
+    Randomized subspace iteration (`ops.declared.subspace`) with a block of max(2 rank, rank + oversampling) columns,
     rounded up to a multiple of 16.
     The triplets of a matrix depend on what else is in the batch by no more than rounding, and not at all on another
     matrix's values.

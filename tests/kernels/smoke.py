@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_operands import operand
 
-from kernels.support import operand
 from loraga.kernels import accumulate, commit, orthonormalize, random, streaming, subspace
 
 

@@ -11,8 +11,8 @@ import pytest
 import triton
 
 from loraga._version import release_of
-from loraga.kernels import __main__ as command
-from loraga.kernels import aot, tuning
+from loraga.kernels import tuning
+from loraga.kernels.dev import aot, command
 
 compiled_as_promised = pytest.mark.skipif(
     release_of(triton.__version__) < (3, 6),
@@ -33,7 +33,7 @@ def run(program: str) -> None:
 def test_all_builds_fit(arch):
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "loraga.kernels", "compile", str(arch)],
+        [sys.executable, "-m", "loraga.kernels.dev", "compile", str(arch)],
         env=environment,
         capture_output=True,
         text=True,
@@ -50,7 +50,7 @@ def test_all_builds_fit(arch):
 def test_what_the_table_gives_to_cards_of_less_shared_memory_fits(arch):
     """One build of each kernel and entry; the few registers that some spill there cost time and no more."""
     run(f"""
-from loraga.kernels import aot
+from loraga.kernels.dev import aot
 first = {{}}
 for build in aot.builds({arch}):
     first.setdefault((build.kernel.__name__, *build.config.items()), build)
@@ -65,7 +65,7 @@ def test_sizes_and_strides_of_one_compile():
     """Triton makes an integer argument of 1 a constant, of which not everything can be asked that a number can."""
     run("""
 from dataclasses import replace
-from loraga.kernels import aot
+from loraga.kernels.dev import aot
 kernels = {build.kernel: build for build in aot.builds(90)}
 for build in kernels.values():
     ones = [name for name, kind in build.signature.items() if kind in ("i32", "i64") and name != "seed"]
@@ -110,7 +110,7 @@ def test_compiling_while_interpreted_is_refused():
 def test_resources_come_from_the_machine_code():
     """A kernel made to spill is reported as spilling, so that zeros above mean something."""
     run("""
-from loraga.kernels import aot
+from loraga.kernels.dev import aot
 from loraga.kernels.thin import _fold_build
 blocks = dict(BLOCK_M=256, BLOCK_T=64, BLOCK_K=256, BLOCK_I=32)
 build = _fold_build("x", "bf16", True, dict(blocks, num_warps=4, num_stages=2), True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_operands import DEVICE, needs_device, operand
 
-from loraga.backends import default
 from loraga.kernels import orthonormalize as kernels
 from loraga.kernels.orthonormalize import orthonormalize, orthonormalize_reference
-
-from .support import DEVICE, needs_device, operand
+from loraga.ops import reference as default
 
 pytestmark = needs_device
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_operands import DEVICE, DTYPES, assert_as_good, needs_device, operand
 
-from kernels.support import DEVICE, DTYPES, assert_as_good, needs_device, operand
-from loraga.backends import default
-from loraga.backends import triton as dispatch
 from loraga.estimators import LayerSpec, Streaming, finish
 from loraga.factors import Factors
-from loraga.kernels import accumulate, choice, commit, random, search, streaming, subspace, thin, tuning
+from loraga.kernels import accumulate, choice, commit, random, streaming, subspace, thin, tuning
+from loraga.kernels.dev import search
+from loraga.ops import reference as default
+from loraga.ops import triton as dispatch
 
 pytestmark = needs_device
 

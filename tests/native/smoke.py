@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraga import _native
+from loraga.ops import native_core as _native
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a native core that is of no use there fails
 

@@ -1,4 +1,4 @@
-"""What loraga.backends.native registers: the same answers as the reference, and the reference where it cannot."""
+"""What loraga.ops.native registers: the same answers as the reference, and the reference where it cannot."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import warnings
 import pytest
 import torch
 
-from loraga import _native, _ops
-from loraga.backends import default, native
+from loraga.ops import declared as _ops
+from loraga.ops import native
+from loraga.ops import reference as default
+from loraga.ops import native_core as _native
 
 needs_native = pytest.mark.skipif(not _native.available(), reason=f"no native core: {_native.why_unavailable()}")
 DEVICES = ["cpu"] + (["cuda"] if _native.available("cuda") else [])

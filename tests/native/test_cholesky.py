@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraga import _native
-from loraga.backends import default
+from loraga.ops import native_core as _native
+from loraga.ops import reference as default
 
 if not _native.available():
     pytest.skip(f"needs the native core: {_native.why_unavailable()}", allow_module_level=True)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraga import _native
+from loraga.ops import native_core as _native
 
 if not _native.available():
     pytest.skip(f"needs the native core: {_native.why_unavailable()}", allow_module_level=True)

@@ -1,0 +1,1 @@
+"""Capture: a batch goes in, and each target layer's pairs (x, dy) come out."""

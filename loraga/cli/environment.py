@@ -1,0 +1,79 @@
+"""What loraga finds on this machine: versions, devices, Triton, the native core."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+from loraga.ops import native_core as _native
+from loraga.report.report import versions
+
+
+def environment() -> dict[str, Any]:
+    """Everything that decides which code runs, as plain values.
+
+    Returns:
+        `dict`: `versions` by library (`None` where missing), `devices` (name and description each), `triton` and
+        `native` with `usable` and, where not, `reason`; `native` by device, with `build` beside it.
+    """
+    devices = _devices()
+    native = {name: _native.why_unavailable(name) for name in devices}
+    return {
+        "versions": {"python": platform.python_version(), **versions()},
+        "platform": platform.platform(),
+        "devices": devices,
+        "triton": _state(_why_no_triton()),
+        "native": {
+            "devices": {name: _state(reason) for name, reason in native.items()},
+            "build": _native.build_info() if _native.available() else None,
+        },
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """`environment()` as text to read."""
+    versions_line = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items())
+    lines = [versions_line, found["platform"], "devices:"]
+    lines += [f"  {name}: {text}" for name, text in found["devices"].items()]
+    lines.append(f"Triton kernels: {_yes(found['triton'])}")
+    lines.append("native core:")
+    lines += [f"  {name}: {_yes(state)}" for name, state in found["native"]["devices"].items()]
+    if found["native"]["build"]:
+        built = ", ".join(f"{key} {value}" for key, value in found["native"]["build"].items() if value != "")
+        lines.append(f"  built with: {built}")
+    return "\n".join(lines)
+
+
+def _state(reason: str | None) -> dict[str, Any]:
+    return {"usable": reason is None, "reason": reason}
+
+
+def _yes(state: dict[str, Any]) -> str:
+    return "usable" if state["usable"] else f"not usable: {state['reason']}"
+
+
+def _devices() -> dict[str, str]:
+    found = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = f"{facts.name}, sm_{facts.major}{facts.minor}, {facts.total_memory / 2**30:.1f} GiB"
+    return found
+
+
+def _why_no_triton() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed (pip install triton; torch for CUDA brings it)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 is set, so kernels run in the interpreter, which is for tests"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever a driver may raise is the reason
+        return " ".join(str(error).split())
+    return None

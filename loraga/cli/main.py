@@ -1,0 +1,439 @@
+"""The command `loraga`: `init` writes an adapter for any trainer, `plan` says what it needs, `env` what is active."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from loraga._version import __version__
+from loraga.cli.rows import InputError, make_batches, read_rows
+from loraga.config import DIRECTIONS, METHODS, SCALES, STARTS, InitConfig
+
+REPORT_FILE = "loraga_report.json"
+PLOT_FILE = "loraga_report.png"
+ADAPTER_FILE = "adapter_config.json"
+# transformers' class for each task
+FAMILIES = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "masked": "AutoModelForMaskedLM"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): arguments; those of the process if left out.
+
+    Returns:
+        `int`: the exit code: 0, 2 for wrong usage or input, 130 for Ctrl-C, 1 for anything else that fails. Errors are
+        one line on stderr; with LORAGA_DEBUG=1 in the environment the traceback comes before it.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        with _short_warnings():
+            args.run(args)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        return _failed(error)
+
+
+def _failed(error: BaseException) -> int:
+    """Tell what went wrong in one line, and how to exit."""
+    if os.environ.get("LORAGA_DEBUG") == "1":
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        code, message = 130, "interrupted; nothing was written"
+    elif isinstance(error, InputError):
+        code, message = 2, _line(error)
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not worth importing for this
+        code, message = 1, "out of memory: use a smaller --batch-size or --max-length, or --dtype bfloat16"
+    else:
+        code, message = 1, f"{type(error).__name__}: {_line(error)}"
+    _tell(f"error: {message}")
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other error of the command."""
+        self.exit(2, f"loraga: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="loraga", description="LoRA adapters that start where full fine-tuning would go.")
+    parser.add_argument("--version", action="version", version=f"loraga {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="{init,plan,env}", title="commands")
+
+    init = commands.add_parser(
+        "init",
+        help="write an adapter initialised from the gradient of a few batches",
+        description="Write a PEFT adapter initialised from the gradient of a few batches (LoRA-GA), which any trainer "
+        "can start from.",
+    )
+    init.add_argument("model", metavar="MODEL", help="local folder or hub id of a causal, encoder-decoder or masked LM")
+    init.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON lines, or a JSON array, of 'text', 'prompt' and 'completion', or 'messages'; "
+        "batch-size x max-batches rows are drawn at random",
+    )
+    init.add_argument("--output", type=Path, required=True, metavar="DIR", help="adapter folder to write")
+    init.add_argument("--overwrite", action="store_true", help="replace DIR if it holds an adapter")
+    adapter = init.add_argument_group("adapter")
+    adapter.add_argument("--rank", type=_whole, default=16, metavar="R", help="r (default 16)")
+    adapter.add_argument("--alpha", type=_positive, metavar="A", help="lora_alpha (default 16 sqrt(r): 64 for rank 16)")
+    adapter.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=["all-linear"],
+        metavar="NAME",
+        help="names of the layers, such as q_proj v_proj (default all-linear)",
+    )
+    gradient = init.add_argument_group("gradient")
+    gradient.add_argument("--max-length", type=_whole, default=512, metavar="N", help="tokens per row (default 512)")
+    gradient.add_argument("--batch-size", type=_whole, default=4, metavar="N", help="rows per batch (default 4)")
+    gradient.add_argument("--max-batches", type=_whole, default=8, metavar="N", help="batches (default 8)")
+    gradient.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw, masking, sketch (default 0)")
+    recipe = init.add_argument_group("recipe")
+    recipe.add_argument("--method", choices=METHODS, default="lora-ga", help="default lora-ga")
+    recipe.add_argument("--direction", choices=DIRECTIONS, default="ArB2r", help="of the mirror (default ArB2r)")
+    recipe.add_argument("--scale", choices=SCALES, default="stable", help="of lora-ga (default stable)")
+    recipe.add_argument("--gamma", type=_positive, metavar="G", help="default 16 for lora-ga, 128 for lora-one")
+    recipe.add_argument(
+        "--start", choices=STARTS, default="mirror", help="of lora-ga: mirrored pairs or B zero (default mirror)"
+    )
+    model = init.add_argument_group("model")
+    model.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights"
+    )
+    model.add_argument(
+        "--device", default="auto", metavar="DEVICE", help="such as cuda:1 (default: a GPU if there is one)"
+    )
+    model.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    init.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    init.set_defaults(run=_init)
+
+    _add_plan(commands)
+
+    env = commands.add_parser("env", help="print what is active: devices, Triton, native core, versions")
+    env.add_argument("--json", action="store_true", help="as JSON")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="predict state, work and peak memory from a model's configuration",
+        description="Predict what an initialisation needs: state, work, time at given ceilings, peak memory beside the "
+        "LoRA training step, traffic between ranks. The model is built without weights; nothing is downloaded.",
+    )
+    plan.add_argument(
+        "model",
+        metavar="MODEL_CONFIG",
+        help="folder, config.json, model in the local cache, or a name such as llama-2-7b, llama-3.1-405b",
+    )
+    plan.add_argument("--rank", type=_whole, required=True, metavar="R", help="r of the adapter")
+    plan.add_argument("--tokens", type=_whole, required=True, metavar="T", help="to look at, on all ranks together")
+    plan.add_argument("--micro-batch", type=_whole, default=8, metavar="N", help="rows per micro-batch (default 8)")
+    plan.add_argument("--length", type=_whole, default=1024, metavar="N", help="tokens per row (default 1024)")
+    plan.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=["all-linear"],
+        metavar="NAME",
+        help="names of the layers, such as q_proj v_proj (default all-linear)",
+    )
+    plan.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of the weights (bfloat16)"
+    )
+    plan.add_argument("--ranks", type=_whole, default=1, metavar="N", help="data-parallel ranks (default 1)")
+    plan.add_argument("--checkpointing", action="store_true", help="count the work of gradient checkpointing too")
+    plan.add_argument("--tflops", type=_positive, metavar="F", help="ceiling of the device, for a time: 1e12 flops/s")
+    plan.add_argument("--gb-per-second", type=_positive, metavar="B", help="ceiling of its memory: 1e9 bytes/s")
+    plan.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    plan.add_argument("--json", action="store_true", help="as JSON")
+    plan.set_defaults(run=_plan)
+
+
+def _whole(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return number
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return _whole_or_not(number)
+
+
+def _whole_or_not(number: float) -> float:
+    """An int where it is one: readers of adapters take lora_alpha for a whole number."""
+    return int(number) if number.is_integer() else number
+
+
+def _init(args: argparse.Namespace) -> None:
+    """From a model and a file to an adapter folder; what fails early fails before anything large is loaded."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(
+            "loraga init is one process, and torchrun started several; run it without, or call loraga.fast_init in a "
+            "script of your own."
+        )
+    init = _init_config(args)
+    _check_output(args.output, args.overwrite, keep=(Path(args.model), args.data))
+    rows = read_rows(args.data, args.batch_size * args.max_batches, args.seed)
+    with _whole_folder(args.output) as folder:
+        import loraga
+
+        device = _device(args.device)
+        config, tokenizer = _config_and_tokenizer(args)
+        task = _task(config)
+        max_length = _max_length(args.max_length, config, tokenizer, task)
+        batches, notes = make_batches(
+            rows, tokenizer, task, max_length=max_length, batch_size=args.batch_size, seed=args.seed
+        )
+        if max_length < args.max_length and any(batch["input_ids"].shape[1] == max_length for batch in batches):
+            notes.append(f"rows are cut off at {max_length} tokens, the model's largest length")
+        for note in notes:
+            _tell(f"note: {note}")
+        model = _model(args, config, task).to(device)
+        try:
+            peft_model = loraga.fast_init(
+                model,
+                batches,
+                _lora_config(args, task),
+                init=init,
+                seed=args.seed,
+                show_progress_bar=not args.quiet,
+            )
+        except ValueError as error:
+            raise InputError(_line(error)) from error
+        peft_model.peft_config["default"].base_model_name_or_path = args.model
+        # The embeddings were not resized, so there is no need to look (perhaps on the hub) whether to save them.
+        peft_model.save_pretrained(folder, save_embedding_layers=False)
+        report = peft_model.loraga_report
+        report.save(folder / REPORT_FILE)
+        try:
+            report.plot(folder / PLOT_FILE)
+        except ImportError as error:
+            _tell(f"note: no plot. {error}")
+    if not args.quiet:
+        print(report)
+        print(f"\nAdapter written to {args.output}. Train it at full fine-tuning's learning rate, starting with")
+        print(f"  PeftModel.from_pretrained(base_model, {str(args.output)!r}, is_trainable=True)")
+
+
+def _init_config(args: argparse.Namespace) -> InitConfig:
+    lora_one = args.method == "lora-one"
+    options: dict[str, Any] = {
+        "method": args.method,
+        "direction": args.direction,
+        "scale": args.scale,
+        "start": args.start,
+    }
+    if args.gamma is not None:
+        options["lora_one_gamma" if lora_one else "stable_gamma"] = args.gamma
+    try:
+        return InitConfig(**options)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _lora_config(args: argparse.Namespace, task: str) -> Any:
+    from peft import LoraConfig
+
+    names = [name for names in args.target_modules for name in names.split(",") if name]
+    return LoraConfig(
+        r=args.rank,
+        lora_alpha=getattr(args, "alpha", None) or _whole_or_not(16 * math.sqrt(args.rank)),
+        target_modules="all-linear" if names == ["all-linear"] else names,
+        task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(task),
+    )
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name} cannot be used here: {_line(error)}") from error
+    return device
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"cannot load MODEL {model!r}: {_line(error)}") from error
+
+
+def _config_and_tokenizer(args: argparse.Namespace) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging
+
+    if args.quiet:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if not Path(args.model).exists() and (args.model.startswith((".", "/", "~")) or args.model.count("/") > 1):
+        raise InputError(f"cannot load MODEL {args.model!r}: no such folder.")
+    with _loading(args.model):
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    return config, tokenizer
+
+
+def _task(config: Any) -> str:
+    """What kind of language model it is. Encoders such as BERT can also be built as decoders; few are."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    decodes = getattr(config, "is_decoder", False) or any(
+        name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ()
+    )
+    return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes else "causal"
+
+
+def _max_length(asked: int, config: Any, tokenizer: Any, task: str) -> int:
+    """What was asked for, or less where the model has fewer positions. T5 has no position table to run over."""
+    positions = None if task == "seq2seq" else getattr(config, "max_position_embeddings", None)
+    return min(asked, tokenizer.model_max_length, positions or asked)
+
+
+def _model(args: argparse.Namespace, config: Any, task: str) -> Any:
+    import torch
+    import transformers
+
+    family = getattr(transformers, FAMILIES[task])
+    # Weights that the checkpoint lacks (a new head) are drawn from the global generator.
+    torch.manual_seed(args.seed)
+    with _loading(args.model):
+        model = family.from_pretrained(
+            args.model,
+            config=config,
+            dtype=args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
+            trust_remote_code=args.trust_remote_code,
+        )
+    model.config.use_cache = False  # keys and values kept for generation would only cost memory here
+    return model
+
+
+def _check_output(target: Path, overwrite: bool, keep: Sequence[Path]) -> None:
+    """Raise unless `target` may be written: it is new or empty, or an adapter to be replaced."""
+    if target.is_file():
+        raise InputError(f"--output {target} is a file; give a folder.")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"--output {target} exists and is not empty; give another folder, or --overwrite.")
+    # Replacing deletes what was there, so never a folder that is something else, or that we read from.
+    if not (target / ADAPTER_FILE).is_file():
+        raise InputError(f"--output {target} holds no adapter, so --overwrite will not delete it; give another folder.")
+    for path in keep:
+        if path.exists() and path.resolve().is_relative_to(target.resolve()):
+            raise InputError(f"--output {target} holds {path}, which --overwrite would delete; give another folder.")
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place at the end, or is removed on failure."""
+    target = target.resolve()
+    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{part}") for part in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {target.parent}: {error.strerror or error}.") from error
+    try:
+        yield temporary
+        if target.exists():
+            target.rename(old)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    if (args.tflops is None) != (args.gb_per_second is None):
+        raise InputError("--tflops and --gb-per-second go together: a time needs both ceilings.")
+    import torch
+    from transformers.utils import logging
+
+    from loraga.integrations.hf_models import config_of, without_weights
+    from loraga.plan.dry_run import Ceilings
+    from loraga.plan.plan import plan
+
+    logging.set_verbosity_error()
+    config = config_of(args.model, args.trust_remote_code)
+    task = _task(config)
+    positions = None if task == "seq2seq" else getattr(config, "max_position_embeddings", None)
+    if positions is not None and args.length > positions:
+        raise InputError(f"--length {args.length} is more than the {positions} positions of {args.model!r}.")
+    per_batch = args.micro_batch * args.length * args.ranks
+    try:
+        planned = plan(
+            without_weights(config, FAMILIES[task], getattr(torch, args.dtype)),
+            _lora_config(args, task),
+            rows=args.micro_batch,
+            length=args.length,
+            micro_batches=-(-args.tokens // per_batch),
+            ranks=args.ranks,
+            checkpointing=args.checkpointing,
+            ceilings=Ceilings(args.tflops * 1e12, args.gb_per_second * 1e9) if args.tflops else None,
+        )
+    except ValueError as error:
+        raise InputError(_line(error)) from error
+    print(json.dumps(planned.to_dict(), indent=1) if args.json else planned)
+
+
+def _env(args: argparse.Namespace) -> None:
+    from loraga.cli.environment import describe, environment
+
+    found = environment()
+    print(json.dumps(found, indent=1) if args.json else describe(found))
+
+
+def _line(error: BaseException) -> str:
+    """An error's message as one line: ours are whole sentences, other libraries put the essence first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _tell(message: str) -> None:
+    print(f"loraga: {message}", file=sys.stderr)
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Warnings as one line without the place in the source, which says nothing to someone at a shell."""
+    with warnings.catch_warnings():
+        for developers in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", developers)
+        warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {' '.join(str(message).split())}")
+        yield

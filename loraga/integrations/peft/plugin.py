@@ -1,0 +1,436 @@
+"""PEFT's own LoRA-GA calls on loraga's engine.
+
+PEFT's flow has two halves. `preprocess_loraga(model, config, train_step)` runs the user's step and leaves the gradient
+of every target at its layer; `get_peft_model` then calls `LoraLayer.lora_ga_init` for each layer, which reads it. Both
+are replaced here, and between them a `SketchedGradient` takes the place of the gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import inspect
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, cast
+
+import peft
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loraga._atomic_files import written_whole
+from loraga._version import release_of
+from loraga.capture.run import estimate_step
+from loraga.config import InitConfig, check_choice
+from loraga.distributed.ranks import Ranks
+from loraga.distributed.sharding import check_injectable, check_layers, check_sharding
+from loraga.factors import Factors
+from loraga.integrations.accelerate import home_of, is_offloaded
+from loraga.integrations.peft.slots import adapters_disabled, slot_of
+from loraga.integrations.peft.targets import find_targets
+from loraga.integrations.peft.writing import fill, start_of
+from loraga.linalg import seed_of, truncated_svd
+from loraga.report import build as summary
+from loraga.report.report import InitReport
+from loraga.start import starts
+
+# the releases whose LoRA-GA was read and run with the tests of this file
+KNOWN = ((0, 19), (0, 20), (0, 21))
+_FIRST = "0.19"
+
+# where PEFT keeps a layer's gradient between its two halves, and under which key in a cache file
+_ATTRIBUTE = "_peft_loraga_grad"
+# PEFT's names of the scales, and ours
+_SCALES = {"stable": "stable", "weight_svd": "weight-svd", "gd_scale": "gd", "unit": "unit"}
+# PEFT's calls have no seed; one for all makes them repeatable
+_SEED = 0
+# from `warnings.warn` in `summary` to the user's call of preprocess_loraga, past the wrapper that torch.no_grad puts
+# around it
+_TO_CALLER = 5
+
+_originals: list[tuple[Any, str, Any]] = []
+
+
+def apply_to_peft() -> None:
+    """Let PEFT's own LoRA-GA calls run on loraga's engine, with unchanged user code, until [`restore_peft`].
+
+    ```py
+    loraga.apply_to_peft()
+    config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), target_modules="all-linear")
+    preprocess_loraga(model, config, train_step)
+    model = get_peft_model(model, config)
+    ```
+
+    `train_step` runs forward and backward as before, but no weight gradient is computed: each layer's gradient is
+    followed by a sketch (see [`fast_init`]). Each backward call is one micro-batch of the mean.
+
+    What stays PEFT's: names and options; the rank; the place of every adapter; a step that draws random numbers draws
+    them from the global generators; a cache file is trusted as far as its names, shapes and ranks go, whatever the
+    data; an adapter made without `preprocess_loraga` starts as an ordinary one.
+
+    What differs, on purpose:
+    - **No base weight changes.** The adapter is an ordinary LoRA that starts at the base's function
+      (`InitConfig(start="mirror")`), and what any trainer saves is right on the original base. The argument
+      `path_initial_model_for_weight_conversion` is not needed and does no harm. Quantized and tied weights and adapters
+      that are there already are no problem.
+    - A and B start as in the paper and its official code: orthonormal singular vectors of the gradient times one
+      scale. PEFT multiplies B by the singular values and leaves A unscaled, so that its start depends on the scale of
+      the loss.
+    - Seeded: the same input gives the same start. `"random"` takes disjoint directions for A and B. `Conv1D` has its
+      true size. A layer called twice is not halved. `"all-linear"` works. A layer with few singular directions, such
+      as the head of a classifier, starts with those that it has.
+    - The step finds the model without dropout and with BatchNorm at rest; it may call `model.train()`. Modes, `.grad`,
+      `requires_grad`, buffers and hooks are as before afterwards, also when the step raises.
+    - `_peft_loraga_grad` is a `SketchedGradient`: factors for the rank of the config, of the weight's `shape`. A larger
+      rank needs another `preprocess_loraga`.
+    - Where torch.distributed is initialised, every rank must call `preprocess_loraga`, each with batches of its own;
+      the mean is over all of them and all ranks get the same adapter. If one raises, all do. Rank 0 writes the cache
+      file, and it is used where all ranks find it.
+    - Layers without a gradient are named in a warning, and in `model.loraga_report`.
+    - Refused with a clear error before the step runs: unknown options, sharded and offloaded weights, layers without
+      a `weight` (GPTQ), `target_parameters`, `layer_replication`, and KaSA, whose own start changes the base.
+
+    Imports made earlier are served too, since `preprocess_loraga` is changed inside. What cannot be caught: PEFT's
+    `estimate_gradients` imported by name before this call (its gradients are taken all the same), and copies of these
+    functions' code in other libraries.
+
+    Calling it twice is the same as once.
+
+    Raises:
+        RuntimeError: this PEFT has no LoRA-GA, or is none of the releases this was checked with.
+    """
+    if _originals:
+        return
+    for owner, name, ours in _replacements():
+        _originals.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, ours)
+
+
+def restore_peft() -> None:
+    """Undo [`apply_to_peft`]; without it, do nothing."""
+    while _originals:
+        setattr(*_originals.pop())
+
+
+def _replacements() -> list[tuple[Any, str, Callable]]:
+    """(owner, attribute, what it becomes), after a check that this PEFT is one we know.
+
+    `preprocess_loraga` is wrapped by `torch.no_grad`, and the wrapper keeps it in a closure cell. The cell is changed
+    rather than the name, so that everyone who holds the wrapper is served, whenever it was imported.
+    """
+    release = release_of(peft.__version__)
+    if release < KNOWN[0]:
+        _refuse(f"has no LoRA-GA; it came with {_FIRST}")
+    if release not in KNOWN:
+        _refuse("is not known to loraga")
+    module = importlib.import_module("peft.tuners.lora.loraga")
+    preprocess = getattr(module, "preprocess_loraga", None)
+    inner = getattr(preprocess, "__wrapped__", None)
+    cells = [cell for cell in getattr(preprocess, "__closure__", None) or () if cell.cell_contents is inner]
+    expected = {
+        "preprocess_loraga": (inner, ["model", "lora_config", "train_step", "cache_file"]),
+        "estimate_gradients": (getattr(module, "estimate_gradients", None), ["model", "lora_config", "train_step"]),
+        "LoraLayer.lora_ga_init": (
+            getattr(LoraLayer, "lora_ga_init", None),
+            ["self", "adapter_name", "lora_ga_config"],
+        ),
+    }
+    for name, (function, parameters) in expected.items():
+        if function is None or list(inspect.signature(function).parameters) != parameters:
+            _refuse(f"has another {name} than loraga knows")
+    if len(cells) != 1:
+        _refuse("wraps preprocess_loraga in another way than loraga knows, or something else has replaced it")
+    if {field.name for field in dataclasses.fields(peft.LoraGAConfig)} != {"direction", "scale", "stable_gamma"}:
+        _refuse("has other options in LoraGAConfig than loraga knows")
+    return [
+        (cells[0], "cell_contents", _preprocess),
+        (module, "estimate_gradients", _estimate_gradients),
+        (LoraLayer, "lora_ga_init", _lora_ga_init),
+    ]
+
+
+def _refuse(why: str) -> NoReturn:
+    known = ", ".join(f"{major}.{minor}" for major, minor in KNOWN)
+    raise RuntimeError(
+        f"loraga.apply_to_peft: PEFT {peft.__version__} {why}. Checked releases: {known}. Install one of them, or call "
+        "loraga.fast_init, which works with any PEFT."
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the first half
+
+
+@dataclasses.dataclass(frozen=True)
+class SketchedGradient:
+    """A layer's mean gradient, as far as its adapter needs it; at the layer in place of PEFT's full gradient.
+
+    Attributes:
+        name (`str`): module name of the layer in the base model.
+        factors (`Factors`): U (m, q), S (q,), Vh (q, n) of the gradient (m, n) = (out_features, in_features), with q
+            as `starts.triplets` says.
+        shape (`torch.Size`): of the weight as the layer stores it, as the full gradient would have.
+    """
+
+    name: str
+    factors: Factors
+    shape: torch.Size
+
+    def to(self, *_: Any, **__: Any) -> NoReturn:
+        """What PEFT's own initialisation does first.
+
+        Raises:
+            ValueError: always; there is no full gradient.
+        """
+        raise ValueError(
+            f"The gradient of {self.name!r} was sketched by loraga.apply_to_peft(), and PEFT's own initialisation "
+            "cannot use it; call restore_peft() only after get_peft_model."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """A layer to be estimated: (m, n), the adapter's r and the triplets that its start takes."""
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, int]
+    rank: int
+    triplets: int
+
+    @property
+    def transposed(self) -> bool:
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def if_zero(self) -> str:
+        return "gradient is zero"
+
+
+# what is known of a target: its factors, or why there are none
+_Found = dict[str, "Factors | str"]
+
+
+def _preprocess(
+    model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: str | None = None
+) -> None:
+    """In place of `peft.preprocess_loraga`: the arguments are its own.
+
+    Raises:
+        ValueError: an option, a target or the cache file does not fit, or no target saw a gradient; the message names
+            it. Nothing is left at the model then.
+        RankFailed: another rank raised.
+    """
+    report = None
+    with Ranks() as ranks:
+        targets = _targets(model, lora_config)
+        missing = cache_file is None or not os.path.exists(cache_file) or not os.path.getsize(cache_file)
+        if ranks.any(missing):
+            found, report = _estimate(model, lora_config, targets, train_step, ranks)
+            if cache_file is not None and ranks.first:
+                _write(cache_file, found)
+        else:
+            found = _read(cast(str, cache_file), targets)
+            ordinary = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+            if ordinary and ranks.first:
+                summary.warn_of_ordinary(ordinary, _TO_CALLER - 1)
+        ranks.meet()
+    _attach(model, targets, found, report)
+
+
+def _estimate_gradients(model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any]) -> None:
+    """In place of `peft.tuners.lora.loraga.estimate_gradients`."""
+    with Ranks() as ranks:
+        targets = _targets(model, lora_config)
+        found, report = _estimate(model, lora_config, targets, train_step, ranks)
+        ranks.meet()
+    _attach(model, targets, found, report)
+
+
+def _targets(model: nn.Module, lora_config: LoraConfig) -> list[_Target]:
+    """The layers that get an adapter, once it is clear that each can be started."""
+    if lora_config.lora_ga_config is None:
+        raise ValueError(
+            "If you want to use LoRA-GA, give the LoraConfig both init_lora_weights='lora_ga' and "
+            "lora_ga_config=LoraGAConfig(...)."
+        )
+    init = _options(lora_config.lora_ga_config)
+    for option in ("target_parameters", "layer_replication", "kasa_config"):
+        if getattr(lora_config, option, None):
+            raise ValueError(f"PEFT's LoRA-GA does not go with {option}; leave it out, or use loraga.fast_init.")
+    check_sharding(model)
+    check_injectable(model)
+    base = model.base_model.model if isinstance(model, PeftModel) else model
+    try:
+        modules = find_targets(base, copy.copy(lora_config))
+    except ValueError as error:
+        raise ValueError(f"No supported layers found for LoRA-GA. {error}") from None
+    check_layers(model, modules)
+    targets = []
+    for name, module in modules.items():
+        if is_offloaded(module) or not isinstance(getattr(module, "weight", None), torch.Tensor):
+            why = "is offloaded" if is_offloaded(module) else "has no weight that PEFT's LoRA-GA could ask for"
+            raise ValueError(f"Layer {name!r} ({type(module).__name__}) {why}; leave it out, or use loraga.fast_init.")
+        patterns = lora_config.rank_pattern or {}
+        rank = patterns.get(get_pattern_key(patterns.keys(), name), lora_config.r)
+        shape = _shape_of(module)
+        targets.append(_Target(name, module, shape, rank, starts.triplets(init, rank, shape)))
+    return targets
+
+
+def _shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features), also of a weight that is packed."""
+    if isinstance(module, Conv1D):
+        n, m = module.weight.shape
+        return m, n
+    return module.out_features, module.in_features  # type: ignore[return-value]
+
+
+def _options(lora_ga_config: Any) -> InitConfig:
+    check_choice("scale", lora_ga_config.scale, tuple(_SCALES))
+    return InitConfig(
+        direction=lora_ga_config.direction,
+        scale=_SCALES[lora_ga_config.scale],
+        stable_gamma=lora_ga_config.stable_gamma,
+    )
+
+
+def _estimate(
+    model: nn.Module, lora_config: LoraConfig, targets: list[_Target], train_step: Callable[[], Any], ranks: Ranks
+) -> tuple[_Found, InitReport]:
+    init = _options(lora_config.lora_ga_config)
+    with adapters_disabled(model):
+        estimation = estimate_step(
+            model,
+            {target.name: target.module for target in targets},
+            {target.name: target.triplets for target in targets},
+            train_step,
+            init,
+            ranks,
+            seed=_SEED,
+        )
+    report = summary.report_of(targets, {}, estimation, init, _SEED)
+    if not report.initialised:
+        raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")
+    if ranks.first:
+        summary.warn_about(report, _TO_CALLER)
+    found: _Found = {
+        layer.name: estimation.estimates[layer.name].factors if layer.initialised else layer.reason
+        for layer in report.layers
+    }
+    return found, report
+
+
+def _attach(
+    model: nn.Module, targets: list[_Target], found: Mapping[str, Factors | str], report: InitReport | None
+) -> None:
+    if report is not None:
+        model.loraga_report = report  # type: ignore[assignment]  # PEFT hands it on to the PeftModel
+    for target in targets:
+        factors = found[target.name]
+        vars(target.module).pop(_ATTRIBUTE, None)  # of an earlier run
+        if isinstance(factors, Factors):
+            sketched = SketchedGradient(target.name, factors, target.module.weight.shape)  # type: ignore[arg-type]
+            setattr(target.module, _ATTRIBUTE, sketched)
+
+
+# ------------------------------------------------------------------------------------------------ the cache file
+
+
+def _write(cache_file: str, found: Mapping[str, Factors | str]) -> None:
+    """PEFT's keys; plain tensors and strings, so that it can be read without running anything."""
+    content = {_key(name): vars(value) if isinstance(value, Factors) else value for name, value in found.items()}
+    with written_whole(cache_file) as temporary:
+        torch.save(content, temporary)
+
+
+def _read(cache_file: str, targets: list[_Target]) -> _Found:
+    """What a cache file holds of `targets`; one that PEFT wrote itself, with full gradients, will do.
+
+    Raises:
+        ValueError: it is no such file, or does not fit the layers; the message names the layer.
+    """
+
+    def refuse(why: str) -> NoReturn:
+        raise ValueError(f"The cache file {os.fspath(cache_file)!r} {why}. Delete it, or name another.")
+
+    try:
+        content = torch.load(cache_file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        refuse(f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
+    if not isinstance(content, Mapping):
+        refuse("holds no gradients by layer")
+    found: _Found = {}
+    for target in targets:
+        value = content.get(_key(target.name))
+        if value is None:
+            refuse(f"knows nothing of layer {target.name!r}")
+        if isinstance(value, str):
+            found[target.name] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            if value.shape != target.module.weight.shape:
+                refuse(f"has a gradient of shape {tuple(value.shape)} for layer {target.name!r}, which has another")
+            factors = _factorize(value, target.transposed, target.triplets, target.name)
+        else:
+            factors = Factors(**value)
+        if factors.shape != target.shape:
+            refuse(f"is of another model: layer {target.name!r} is {target.shape} here and {factors.shape} there")
+        if factors.rank < target.triplets:
+            refuse(
+                f"was made for a smaller rank: it holds {factors.rank} singular triplets of layer {target.name!r}, and "
+                f"r={target.rank} needs {target.triplets}"
+            )
+        found[target.name] = factors.to(target.module.weight.device)
+    return found
+
+
+def _key(name: str) -> str:
+    return f"{name}.{_ATTRIBUTE}"
+
+
+def _factorize(gradient: torch.Tensor, transposed: bool, triplets: int, name: str) -> Factors:
+    """Factors of a full gradient that PEFT itself computed."""
+    gradient = gradient.detach().to(torch.float32)
+    return truncated_svd(gradient.mT if transposed else gradient, triplets, seed=seed_of(_SEED, name))
+
+
+# ------------------------------------------------------------------------------------------------ the second half
+
+
+def _lora_ga_init(layer: LoraLayer, adapter_name: str, lora_ga_config: Any) -> None:
+    """In place of `LoraLayer.lora_ga_init`: start one layer's adapter; its base weight is not touched.
+
+    A layer without a gradient gets an ordinary start: `preprocess_loraga` has named it, or the adapter is being read
+    from disk and overwritten next.
+
+    Raises:
+        ValueError: the config is missing or does not go with the gradient.
+    """
+    base = layer.get_base_layer()
+    gradient = getattr(base, _ATTRIBUTE, None)
+    if gradient is None:
+        layer.reset_lora_parameters(adapter_name, True)
+        return
+    if lora_ga_config is None:
+        raise ValueError("lora_ga_config must be provided with init_lora_weights='lora_ga': LoraGAConfig(...).")
+    init = _options(lora_ga_config)
+    known = isinstance(gradient, SketchedGradient)
+    slot = slot_of(gradient.name if known else type(base).__name__, layer, adapter_name)
+    if slot.A.is_meta:
+        raise ValueError("PEFT's LoRA-GA needs adapter weights to write to; leave out low_cpu_mem_usage=True.")
+    needed = starts.triplets(init, slot.rank, slot.shape)
+    factors = gradient.factors if known else _factorize(gradient, slot.transposed, needed, slot.name)
+    if factors.rank < needed:
+        raise ValueError(
+            f"Layer {slot.name!r}: preprocess_loraga ran for a smaller rank ({factors.rank} singular triplets, and "
+            f"r={slot.rank} needs {needed}); run it again with this config."
+        )
+    # PEFT moves A and B to the layer's device only after this
+    fill(slot, {slot.name: start_of(slot, factors.to(home_of(base)), init, _SEED)}, _SEED)
+    delattr(base, _ATTRIBUTE)

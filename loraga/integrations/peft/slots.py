@@ -1,0 +1,375 @@
+"""The layers of a LoRA adapter, seen one by one."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import PeftType
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from loraga.capture.isolation import is_packed_for_inference
+from loraga.capture.weight_gradients import WholeWeight, weight_matrix
+from loraga.distributed.sharding import gathered, is_distributed
+from loraga.integrations.accelerate import is_offloaded, loaded, lost_to_offload, without_storage
+from loraga.integrations.peft.targets import INNER_PREFIX, is_linear_like
+from loraga.report.report import TIED
+
+# starts of PEFT's that change the base weights when an adapter is made
+_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq")
+# what PEFT holds A and B in, of layers that loraga can start
+_HOLDERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ParameterDict)
+
+
+@dataclass(frozen=True)
+class AdapterSlot:
+    """One target layer with the adapter that belongs to it.
+
+    Attributes:
+        name (`str`): module name of the target in the base model, as PEFT matches it; with the parameter's name behind
+            it where PEFT adapts a parameter (`target_parameters`).
+        layer (`nn.Module`): PEFT's layer around the target.
+        base_layer (`nn.Module`): the target itself.
+        transposed (`bool`): the target stores W as (n, m), as transformers' `Conv1D` does.
+        lora_A (`nn.Module`): holds A, (rank, n): a linear layer, a convolution whose weight is A reshaped, or the
+            `ParameterDict` of an embedding.
+        lora_B (`nn.Module`): holds B, (m, rank), likewise.
+        rank (`int`): r, of each expert.
+        scaling (`float`): PEFT's s.
+        growth (`float`): by how much s grows when the rank is halved and alpha stays: 2, or √2 with rsLoRA.
+        shape (`tuple[int, int]`): (m, n) = (out_features, in_features) of the target, of each expert.
+        key (`str`): what A and B are called in the modules that hold them.
+        experts (`int`): so many matrices lie in the target. A holds theirs one behind the other, (experts rank, n); in
+            B, (m, rank experts), the expert is the faster index of the columns. `start_of` and reports know each expert
+            by itself, see `parts`.
+        part (`int`): which expert this is, in one of the `parts`.
+        whole (`WholeWeight`, *optional*): the target's weight, where autograd has to form its gradient.
+        path (`str`): module name of `layer` in the base model.
+    """
+
+    name: str
+    layer: Any
+    base_layer: Any
+    transposed: bool
+    lora_A: Any
+    lora_B: Any
+    rank: int
+    scaling: float
+    growth: float
+    shape: tuple[int, int]
+    key: str = "weight"
+    experts: int = 1
+    part: int = 0
+    whole: WholeWeight | None = None
+    path: str = ""
+
+    @property
+    def A(self) -> nn.Parameter:
+        """A as PEFT holds it now."""
+        return self.lora_A.get_parameter(self.key)
+
+    @property
+    def B(self) -> nn.Parameter:
+        """B as PEFT holds it now."""
+        return self.lora_B.get_parameter(self.key)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The target's weight as it is stored."""
+        return self.base_layer.weight if self.whole is None else self.whole.value
+
+    @property
+    def if_zero(self) -> str:
+        """What a gradient of zero means here."""
+        return "gradient is zero" if self.experts == 1 else "no token reached this expert"
+
+    def parts(self) -> list[AdapterSlot]:
+        """One for each matrix in the target."""
+        if self.whole is None or self.experts == 1:
+            return [self]
+        return [replace(self, name=name, part=index) for index, name in enumerate(self.whole.parts(self.name))]
+
+    def matrices(self, A: torch.Tensor, B: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A and B as PEFT holds them, of any rank, as views (rank, n) and (m, rank) for each of the `parts`."""
+        if self.experts == 1:
+            return [(A.flatten(1), B.flatten(1))]
+        return list(zip(A.unflatten(0, (self.experts, -1)), B.unflatten(1, (-1, self.experts)).unbind(2), strict=True))
+
+    def held(self, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inverse of `matrices`."""
+        if self.experts > 1:
+            return torch.cat([A for A, _ in parts]), torch.stack([B for _, B in parts], dim=2).flatten(1)
+        ((A, B),) = parts
+        sizes, ones = self.A.shape[2:], self.B.shape[2:]
+        return A.unflatten(1, (-1, *sizes)) if sizes else A, B.reshape(*B.shape, *ones)
+
+
+def check_is_lora(peft_model: PeftModel, adapter_name: str) -> None:
+    """Raise `ValueError` if there is no such adapter, `TypeError` if it is not LoRA."""
+    config = peft_model.peft_config.get(adapter_name)
+    if config is None:
+        known = ", ".join(repr(name) for name in peft_model.peft_config)
+        raise ValueError(f"There is no adapter {adapter_name!r} in this model; it has {known}.")
+    if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
+        raise TypeError(f"Adapter {adapter_name!r} is of type {config.peft_type}; loraga initialises LoRA adapters.")
+
+
+def check_adapter(peft_model: PeftModel, adapter_name: str) -> None:
+    """Raise unless `adapter_name` is a LoRA adapter of `peft_model` that can be initialised now.
+
+    Raises:
+        TypeError: the adapter is of another kind than LoRA.
+        ValueError: there is no such adapter, adapters are merged, the adapter's first start changed the base weights,
+            or a layer is on the meta device together with its adapter.
+    """
+    check_is_lora(peft_model, adapter_name)
+    check_not_merged(peft_model)
+    _check_base_is_original(peft_model, adapter_name)
+    for name, module in peft_model.named_modules():
+        if isinstance(module, LoraLayer) and without_storage(module, adapter_name):
+            _check_can_have_storage(short_name(name), module, adapter_name)
+
+
+def _check_can_have_storage(name: str, layer: LoraLayer, adapter_name: str) -> None:
+    base = layer.get_base_layer()
+    if is_offloaded(base) and not lost_to_offload(layer, adapter_name):
+        dora = "PEFT's DoRA needs it in memory all the time. Use use_dora=False"
+        other = "PEFT made its adapter on the meta device, where only those of linear layers can be mended. Exclude it"
+        raise ValueError(
+            f"The weight of layer {name!r} is offloaded, and "
+            f"{dora if adapter_name in layer.lora_magnitude_vector else other}, or load the model into memory."
+        )
+    if not is_offloaded(base) and getattr(getattr(base, "weight", None), "is_meta", False):
+        raise ValueError(
+            f"The weight of layer {name!r} is not loaded yet (meta device), or not by a hook of its own, and PEFT made "
+            "its adapter there too, where no start can be written. Load the model into memory, in a smaller dtype or "
+            "quantized if need be, or offload it with accelerate's cpu_offload, disk_offload or dispatch_model."
+        )
+
+
+def check_not_merged(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise ValueError(
+                f"Adapter {', '.join(module.merged_adapters)} is merged into layer {short_name(name)!r}; call "
+                "unmerge_adapter() first."
+            )
+
+
+def _check_base_is_original(peft_model: PeftModel, adapter_name: str) -> None:
+    """Raise `ValueError` if PEFT took this adapter's first start off the base weights."""
+    start = str(peft_model.peft_config[adapter_name].init_lora_weights).lower()
+    changed = start.startswith(_CHANGE_THE_BASE)
+    if start == "lora_ga":  # PEFT changes the base only where preprocess_loraga has left a gradient
+        slots, _ = find_slots(peft_model, adapter_name)
+        changed = not all(is_fresh(slot) for slot in slots)
+    if changed:
+        raise ValueError(
+            f"Adapter {adapter_name!r} was made with init_lora_weights={start!r}, which changes the base weights "
+            "(PEFT's own LoRA-GA does; with loraga.apply_to_peft it does not). Load the base model again and make the "
+            "adapter with init_lora_weights=True."
+        )
+
+
+def short_name(name: str) -> str:
+    """A parameter's or module's name as the base model knows it."""
+    name = name.removeprefix(INNER_PREFIX).replace(".base_layer", "")
+    return re.sub(r"\.lora_(embedding_)?[AB]\..*$", "", name).removesuffix(".weight")
+
+
+def check_backward(model: nn.Module) -> None:
+    """Raise `ValueError` if a layer has no backward, so that no gradient would reach what is below it."""
+    for name, module in model.named_modules():
+        if is_packed_for_inference(module):
+            raise ValueError(
+                f"bitsandbytes has repacked the weight of layer {short_name(name)!r} for inference on this CPU, as it "
+                "does when a 4-bit layer runs in eval mode, and that form has no backward. Load the model again, and "
+                "initialise and train it before it is evaluated."
+            )
+
+
+def find_slots(peft_model: PeftModel, adapter_name: str) -> tuple[list[AdapterSlot], dict[str, str]]:
+    """All layers of a LoRA adapter: those loraga can initialise, and the others with the reason why not.
+
+    Beside linear layers these are convolutions, embeddings and parameters (`target_parameters`: fused experts). The
+    others (attention blocks taken as one layer, grouped convolutions, variants of LoRA) keep PEFT's ordinary start.
+    Names are module names of the base model.
+    """
+    slots: list[AdapterSlot] = []
+    unsupported: dict[str, str] = {}
+    tied = getattr(peft_model.peft_config[adapter_name], "target_modules_to_tie", None) or ()
+    for name, layer in peft_model.base_model.model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if adapter_name not in layer.lora_A and adapter_name not in layer.lora_embedding_A:
+            continue
+        reason = _why_not(layer, adapter_name)
+        if reason is None and name.rpartition(".")[2] in tied:
+            reason = TIED
+        if reason is None:
+            slots.append(slot_of(name, layer, adapter_name))
+        else:
+            unsupported[name] = reason
+    return slots, unsupported
+
+
+def _why_not(layer: LoraLayer, adapter_name: str) -> str | None:
+    base = layer.get_base_layer()
+    kind = type(base).__name__
+    wrapper = _is_wrapper(layer)
+    if not wrapper and not is_linear_like(base):
+        reason = _why_no_matrix(base)
+        if reason is not None:
+            return reason
+    if (wrapper or not is_linear_like(base)) and weight_matrix(base, _parameter_name(layer)) is None:
+        weight = f"{_parameter_name(layer)} of {kind}"
+        if is_distributed(getattr(base, _parameter_name(layer), None)):
+            return f"{weight} is sharded; to start it, initialise before fully_shard"
+        return f"the gradient of {weight} cannot be taken (quantized, offloaded or computed)"
+    if wrapper and layer.get_param().dim() == 3 and layer.num_experts == 1 and not _swapped(layer):
+        return "PEFT does not orient a single transposed expert"
+    variant = layer.lora_variant.get(adapter_name)
+    if variant is not None and not type(variant).__name__.startswith("DoraLinear"):
+        return f"{type(variant).__name__} changes what a LoRA layer computes"
+    for holder in _holders(layer, adapter_name)[:2]:
+        if type(holder) not in _HOLDERS:
+            return f"its adapter is made of {type(holder).__name__}"
+    return None
+
+
+def _why_no_matrix(base: nn.Module) -> str | None:
+    """Why the adapter that PEFT gives this layer is not W + s B A, or None."""
+    kind = type(base).__name__
+    if isinstance(base, nn.Embedding):
+        if base.max_norm is not None:
+            return f"{kind} with max_norm rescales its adapter, too"
+        return "a tensor parallel embedding" if getattr(base, "_hf_tp_plan", None) is not None else None
+    if not isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return f"{kind} is not a linear layer, convolution or embedding"
+    if base.groups > 1:
+        return f"{kind} with groups={base.groups}: PEFT's adapter mixes the groups, so it is no change of the weight"
+    if set(base.dilation) != {1} or base.padding_mode != "zeros":
+        return (
+            f"{kind} with dilation={base.dilation} and padding_mode={base.padding_mode!r}: PEFT's adapter has neither"
+        )
+    return None
+
+
+def _is_wrapper(layer: LoraLayer) -> bool:
+    """Whether PEFT adapts a parameter of a module here (`target_parameters`)."""
+    return type(layer).__name__ == "ParamWrapper"
+
+
+def _parameter_name(layer: LoraLayer) -> str:
+    return layer.parameter_name if _is_wrapper(layer) else "weight"
+
+
+def _swapped(layer: LoraLayer) -> bool:
+    """Experts lie as (experts, out, in); PEFT before this attribute took all for (experts, in, out)."""
+    return getattr(layer, "_did_swap_in_out_features", False)
+
+
+def _holders(layer: LoraLayer, adapter_name: str) -> tuple[nn.Module, nn.Module, str]:
+    """What holds A, what holds B, and what they are called there."""
+    if adapter_name in layer.lora_embedding_A:
+        return layer.lora_embedding_A, layer.lora_embedding_B, adapter_name
+    return layer.lora_A[adapter_name], layer.lora_B[adapter_name], "weight"
+
+
+def slot_of(name: str, layer: LoraLayer, adapter_name: str) -> AdapterSlot:
+    """One layer of an adapter, of a kind loraga can initialise."""
+    lora_A, lora_B, key = _holders(layer, adapter_name)
+    A, B = lora_A.get_parameter(key), lora_B.get_parameter(key)
+    base, wrapper = layer.get_base_layer(), _is_wrapper(layer)
+    whole = None
+    if wrapper or not is_linear_like(base):
+        stacked = wrapper and layer.get_param().dim() == 3
+        transposed = (isinstance(base, nn.Embedding) and not wrapper) or (stacked and not _swapped(layer))
+        whole = WholeWeight(base, _parameter_name(layer), stacked, transposed)
+    experts = layer.num_experts if wrapper else 1
+    return AdapterSlot(
+        name=name_in_patterns(name, layer),
+        layer=layer,
+        base_layer=base,
+        transposed=bool(getattr(layer, "fan_in_fan_out", False)) if whole is None else whole.transposed,
+        lora_A=lora_A,
+        lora_B=lora_B,
+        rank=A.shape[0] // experts,
+        scaling=layer.scaling[adapter_name],
+        growth=math.sqrt(2) if layer.use_rslora[adapter_name] else 2.0,
+        shape=(B.shape[0], math.prod(A.shape[1:])),
+        key=key,
+        experts=experts,
+        whole=whole,
+        path=name,
+    )
+
+
+def name_in_patterns(path: str, layer: LoraLayer) -> str:
+    """What PEFT matches with `rank_pattern` of a layer at `path` in the base model."""
+    return f"{path.replace('.base_layer', '')}.{layer.parameter_name}" if _is_wrapper(layer) else path
+
+
+def is_fresh(slot: AdapterSlot) -> bool:
+    """Whether the adapter changes nothing, as PEFT's ordinary start does: A or B is zero."""
+    return any(value.is_meta or not gathered(value.detach()).any() for value in (slot.A, slot.B))
+
+
+def dequantized(base: nn.Module) -> torch.Tensor | None:
+    """A target's weight as the layer stores it, dequantized, or `None` where PEFT cannot do that."""
+    stored = getattr(base, "weight", None)
+    if not isinstance(stored, torch.Tensor) and not hasattr(base, "W_q"):
+        return None
+    weight = dequantize_module_weight(base).detach()
+    if isinstance(stored, torch.Tensor) and base.weight is not stored:
+        base.weight = stored  # PEFT puts a copy in place of what bitsandbytes keeps on a CPU
+    return weight
+
+
+def base_weight(slot: AdapterSlot) -> torch.Tensor:
+    """The target's weight W (m, n), dequantized where it is stored otherwise.
+
+    Raises:
+        ValueError: its storage format is not known to PEFT.
+    """
+    if slot.whole is not None:
+        return slot.whole.matrices(slot.weight.detach())[slot.part].flatten(1)
+    with loaded(slot.base_layer):
+        weight = dequantized(slot.base_layer)
+    expected = slot.shape[::-1] if slot.transposed else slot.shape
+    if weight is None or not weight.is_floating_point() or tuple(weight.shape) != expected:
+        raise ValueError(
+            f"The weight of {slot.name!r} ({type(slot.base_layer).__name__}) is stored in a form that PEFT cannot "
+            "dequantize; use a scale other than 'weight-svd'."
+        )
+    return weight.mT if slot.transposed else weight
+
+
+@contextmanager
+def adapters_disabled(peft_model: nn.Module) -> Iterator[None]:
+    """The base model's own function for the time of the context; `requires_grad` is not touched.
+
+    Raises:
+        ValueError: an adapter is merged, or a layer has no backward.
+    """
+    check_not_merged(peft_model)
+    check_backward(peft_model)
+    switches = [m for m in peft_model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    before = [module._disable_adapters for module in switches]
+    try:
+        for module in switches:
+            module._disable_adapters = True
+        yield
+    finally:
+        for module, value in zip(switches, before, strict=True):
+            module._disable_adapters = value

@@ -1,0 +1,1 @@
+"""For developers: compile kernels ahead of time, search block sizes."""

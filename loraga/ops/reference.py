@@ -1,0 +1,319 @@
+"""Plain torch, any device: the reference that every other backend is held against."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loraga.ops import declared as _ops
+from loraga.ops.declared import implement
+
+_KEY = "CompositeExplicitAutograd"
+
+# Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3; SC 2011)
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+# Added to every unit column before its Gram matrix is taken, as a share of it: large enough that a zero or dependent
+# column becomes a usable direction, far below what a sketch resolves.
+JITTER = 1e-6
+
+
+def philox(counter: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words (as int64) of Philox4x32-10 at each `counter` (int64) under the 64-bit key `seed`."""
+    # made on the device by fills and arithmetic: nothing is copied from the host
+    multiplier, keys = counter.new_empty(2, 1), counter.new_empty(10, 2, 1)
+    for i in range(2):
+        multiplier[i].fill_(_PHILOX_M[i])
+        torch.arange(10, device=counter.device, out=keys[:, i, 0])
+        keys[:, i].mul_(_PHILOX_W[i]).add_((seed >> (32 * i)) & _MASK).bitwise_and_(_MASK)
+    flat = counter.reshape(1, -1)
+    even = torch.cat((flat & _MASK, torch.zeros_like(flat)))  # words 0 and 2, which are multiplied
+    odd = torch.cat(((flat >> 32) & _MASK, torch.zeros_like(flat)))  # words 1 and 3
+    for key in keys:
+        # int64 products wrap; their upper and lower 32 bits are still those of the unsigned product
+        product = even * multiplier
+        even = (((product >> 32) & _MASK).flip(0) ^ odd) ^ key
+        odd = (product & _MASK).flip(0)
+    return tuple(word.view(counter.shape) for word in (even[0], odd[0], even[1], odd[1]))  # type: ignore[return-value]
+
+
+@implement("test_matrix_", _KEY)
+def test_matrix_(out: Tensor, seed: int) -> None:
+    if out.is_meta:  # dry runs would spend half of their time here
+        return
+    count = out.numel()
+    words = torch.stack(philox(torch.arange((count + 3) // 4, device=out.device), seed), dim=1).view(-1)[:count]
+    # the upper 24 bits are exact in float32
+    out.view(-1).copy_((words >> 8).float()).mul_(2.0**-23).sub_(1.0)
+
+
+def _multiplies_half(a: Tensor) -> bool:
+    """Are there products of half-precision operands with float32 sums where `a` is? Dry runs stand for a GPU."""
+    return a.is_cuda or a.is_meta
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with operands as they are and float32 sums and result."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if _multiplies_half(a):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+@functools.cache
+def has_bfloat16_units(device: torch.device) -> bool:
+    """Does `device` multiply bfloat16 faster than float32 (CPUs with AVX512-BF16 or AMX, GPUs from sm_80 on)?"""
+    if device.type == "cpu":
+        kinds = ("avx512_bf16", "amx_tile") if torch.backends.mkldnn.is_available() else ()
+        return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in kinds)
+    # meta: dry runs stand for a GPU
+    return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+# Rows of x or dy that go into a sum over tokens at a time on a CPU: a wide block of them then stays in cache.
+_TOKENS = 512
+
+
+def folded(p: Tensor, x: Tensor) -> Tensor:
+    """pᵀ x for p (T, k), x (T, n), as `product`."""
+    if _multiplies_half(x) or len(x) <= _TOKENS or x.shape[1] <= 1024:
+        return product(p.t(), x)
+    out = product(p[:_TOKENS].t(), x[:_TOKENS])
+    for start in range(_TOKENS, len(x), _TOKENS):
+        rows = slice(start, start + _TOKENS)
+        out.addmm_(p[rows].t().float(), x[rows].float())
+    return out
+
+
+def _thin(a: Tensor, w: Tensor, b: Tensor, scale: float, rounded: bool) -> Tensor:
+    """scale · (a w)ᵀ b for a (T, i), w (i, k), b (T, j), with w and a w in the dtype of a."""
+    if rounded and has_bfloat16_units(a.device):
+        if a.is_cpu:  # no float32 results there
+            return _scaled(((a.bfloat16() @ w.bfloat16()).t() @ b.bfloat16()).float(), scale)
+        if a.dtype == torch.float32:
+            a, b = a.bfloat16(), b.bfloat16()
+    return _scaled(folded(product(a, w.to(a.dtype)).to(a.dtype), b), scale)
+
+
+@implement("left_product", _KEY)
+def left_product(
+    x: Tensor, dy: Tensor, v: Tensor, scale: float, rounded: bool, q: Tensor | None, zv: Tensor | None
+) -> Tensor:
+    out = _thin(x, v, dy, scale, rounded)
+    if q is not None and zv is not None:
+        out[: zv.shape[1]].addmm_(zv.t(), q.t())
+    return out.t()
+
+
+@implement("right_product", _KEY)
+def right_product(
+    x: Tensor, dy: Tensor, q: Tensor, scale: float, rounded: bool, c: Tensor | None, z: Tensor | None
+) -> Tensor:
+    out = _thin(dy, q, x, scale, rounded)
+    return out if c is None or z is None else out.addmm_(c, z)
+
+
+def _scaled(product: Tensor, scale: float) -> Tensor:
+    return product if scale == 1.0 else product.mul_(scale)
+
+
+@implement("commit_", _KEY)
+def commit_(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
+    finite = all_finite(left) & all_finite(new_z)
+    # in place, so that the memory of the state is taken once
+    torch.where(finite, new_q, q, out=q)
+    torch.where(finite, new_z, z, out=z)
+    probed += torch.where(finite, left[:, q.shape[1] :], 0.0)
+    return finite
+
+
+def all_finite(values: Tensor) -> Tensor:
+    """0-dim bool; one pass over `values`, no temporary of their size."""
+    if values.numel() == 0:  # an expert that no token came to
+        return torch.ones((), dtype=torch.bool, device=values.device)
+    # the order does not matter, and along columns that lie in one piece it is ten times slower
+    low, high = torch.aminmax(values.mT if values.dim() > 1 and values.stride(-2) == 1 else values)
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
+@implement("accumulate_", _KEY)
+def accumulate_(g: Tensor, x: Tensor, dy: Tensor, scale: float) -> Tensor:
+    added = _scaled(product(dy.t(), x), scale)
+    finite = all_finite(added)  # a NaN or Inf in x or dy comes out of the product, and that is smaller than they are
+    torch.where(finite, added.add_(g).to(g.dtype), g, out=g)
+    return finite
+
+
+def directions(m: int, k: int, device: torch.device, by_columns: bool = False) -> Tensor:
+    """(m, k) float32, in memory by rows or by columns: the DCT's columns from the highest frequency down.
+
+    They are orthonormal, dense, like no gradient, and need no state.
+    Entry (i, j) is √(2/m) cos(2π (2i + 1) f / 4m), f = m - 1 - j. The angle is an integer in units of 2⁻³² turns:
+    whole turns fall away as products wrap, exactly and alike on every device, where a float32 angle of a long column
+    would keep no digit.
+    """
+    frequency = (torch.arange(m - 1, m - 1 - k, -1, device=device) * 2**30 // m).to(torch.int32)
+    odd = torch.arange(1, 2 * m, 2, dtype=torch.int32, device=device)
+    angle = (frequency[:, None] * odd).mT if by_columns else odd[:, None] * frequency
+    return angle.float().mul_(2 * math.pi / 2**32).cos_().mul_(math.sqrt(2 / m))
+
+
+def shifts(m: int, k: int, refine: bool) -> tuple[float, ...]:
+    """Of each pass of CholeskyQR over an (m, k) block, as shares of the trace of its Gram matrix."""
+    return (1e-15,) if not refine else (1e-15, 0.0) if m >= 1.5 * k else (1e-14, 1e-15, 0.0)
+
+
+# Directions of no more than so many numbers are kept.
+_KEPT_NUMBERS = 2**20
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_directions(m: int, k: int, device: torch.device, by_columns: bool) -> Tensor:
+    """`directions`, kept for the few shapes that come again and again.
+
+    On a CPU they cost as much as a Gram matrix, on a GPU ten launches.
+    """
+    return directions(m, k, device, by_columns)
+
+
+@implement("orthonormalize", _KEY)
+def orthonormalize(y: Tensor, refine: bool) -> Tensor:
+    """Column scaling, then CholeskyQR with Gram, factor and product in float64 (docs/numerics.md).
+
+    CholeskyQR2 (Yamamoto et al., 2015) in float32 fails from condition 1e4; a float64 Gram carries it to 1e7. The
+    jitter bounds the condition by about its reciprocal, so the first Cholesky always exists; the second pass removes
+    what rounding left. A square block can be worse conditioned than the jitter suggests and gets a third pass.
+
+    Columns are scaled where they are few numbers: in the Gram matrix and in the inverse of its factor.
+    """
+    m, k = y.shape[-2:]
+    by_columns = y.stride(-2) == 1
+    kept = m * k <= _KEPT_NUMBERS and not y.is_meta
+    noise = (_kept_directions if kept else directions)(m, k, y.device, by_columns)
+    # float64: squares neither overflow nor vanish
+    norm = torch.linalg.vector_norm(y, dim=-2, keepdim=True, dtype=torch.float64)
+    known = norm > 0
+    a = y.double().addcmul_(noise.double(), torch.where(known, JITTER * norm, 1.0))
+    unit = torch.where(known, norm, 1.0).reciprocal_()
+    first, *later = shifts(m, k, refine)
+    a = _times(a, _ops.cholesky_inverse(a.mT @ a * unit * unit.mT, first) * unit, by_columns)
+    for shift in later:
+        a = _times(a, _ops.cholesky_inverse(a.mT @ a, shift), by_columns)
+    return a.float().contiguous()
+
+
+def _times(a: Tensor, inverse: Tensor, by_columns: bool) -> Tensor:
+    """a · inverseᵀ in the layout of a: writing the other one takes MKL up to seven times as long (2048 x 80)."""
+    return (inverse @ a.mT).mT if by_columns else a @ inverse.mT
+
+
+@implement("subspace", _KEY)
+def subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    if g.dtype == torch.float32 or _multiplies_half(g):
+        return _subspace(g, k, iterations, seeds, g.dtype)
+    # no half-precision products with float32 sums here: one matrix at a time, widened once
+    b, m, n = g.shape
+    q, z = (torch.empty(b, *shape, dtype=torch.float32, device=g.device) for shape in ((m, k), (k, n)))
+    for i, seed in enumerate(seeds):
+        q[i : i + 1], z[i : i + 1] = _subspace(g[i : i + 1].float(), k, iterations, [seed], g.dtype)
+    return q, z
+
+
+def _subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`subspace` with thin operands rounded to `dtype`, the dtype of `g` before it was widened, if it was.
+
+    `g` is never scaled: columns of about unit norm (an orthonormal V, Q; Ω by chance) make products no larger than
+    the spectral norm of `g`, which S must be able to hold anyway, and `orthonormalize` takes them at any scale.
+    """
+    b, _, n = g.shape
+    v = torch.empty(b, n, k, dtype=torch.float32, device=g.device)
+    for out, seed in zip(v, seeds, strict=True):
+        _ops.test_matrix_(out, seed)
+    for _ in range(iterations):
+        q = _ops.orthonormalize(_batched_product(g, v.to(dtype)), refine=False)
+        v = _ops.orthonormalize(_batched_product(q.to(dtype).mT, g).mT, refine=False)
+    q = _ops.orthonormalize(_batched_product(g, v.to(dtype)))
+    if dtype == torch.float32:
+        return q, _batched_product(q.mT, g)
+    # Rounding Q to bfloat16 once would cost S three digits (measured: 3e-4 of the largest): what it leaves goes in as
+    # columns of their own. Before, rounding costs nothing: 5e-7 of the captured energy without this, nothing with it.
+    high = q.to(dtype)
+    z = _batched_product(torch.cat((high, (q - high).to(dtype)), dim=-1).mT, g)
+    return q, z[:, :k] + z[:, k:]
+
+
+def _batched_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for batches, at least one of them in half precision or both float32, with float32 sums and result."""
+    if a.dtype == b.dtype == torch.float32:
+        return a @ b
+    if _multiplies_half(a):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+@implement("small_svd", _KEY)
+def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # LAPACK raises on NaN, and squares inside overflow near the ends of float32: scale, and blank what has no meaning
+    largest = core.abs().amax(dim=(-2, -1), keepdim=True)
+    usable = torch.isfinite(largest) & (largest > 0)
+    scaled = torch.where(usable, core / torch.where(usable, largest, 1.0), 0.0)
+    u, s, vh = (_svd_by_eigenvalues if core.is_cuda else torch.linalg.svd)(scaled.double())
+    scale = torch.where(usable, largest, torch.where(largest == 0, 0.0, torch.nan))
+    return u.float().contiguous(), (s * scale.squeeze(-1)).float(), vh.float().contiguous()
+
+
+def _svd_by_eigenvalues(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The full SVD of `core` (..., k, k) float64 by the eigenvectors of its Gram matrix.
+
+    For large cores on a GPU: cuSOLVER takes the SVDs of a batch one by one, in many small steps each, its symmetric
+    eigenproblems in large ones. Squaring halves the digits of float64. What is left: S is right to 1e-8 of the largest,
+    U and Vh are orthonormal to 1e-5, and Vh are singular vectors as far as S is 1e-5 of the largest or more.
+    """
+    u = torch.linalg.eigh(core @ core.mT).eigenvectors
+    rows = u.mT @ core
+    s, order = torch.linalg.vector_norm(rows, dim=-1).sort(dim=-1, descending=True, stable=True)
+    u = u.gather(-1, order[..., None, :].expand_as(u))
+    rows = rows.gather(-2, order[..., None].expand_as(rows))
+    known = ((s >= 1e-5 * s[..., :1]) & (s > 0))[..., None]  # shorter rows are not orthogonal any more
+    rows = torch.where(known, rows / s[..., None], 0.0)
+    return u, s, torch.where(known, rows, _ops.orthonormalize(rows.mT.float()).mT.double())
+
+
+@implement("cholesky_inverse", _KEY)
+def cholesky_inverse(gram: Tensor, shift: float) -> Tensor:
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    lower, info = torch.linalg.cholesky_ex(gram + shift * trace * eye)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    # LAPACK calls a NaN or Inf that comes up after the last pivot a success
+    usable = (info[..., None, None] == 0) & torch.isfinite(inverse).all(dim=(-2, -1), keepdim=True)
+    return torch.where(usable, inverse, torch.nan).contiguous()
+
+
+# Entries that the reference of gradient_add_ widens at a time: a whole gradient twice is what the op is there to avoid.
+_CHUNK = 2**18
+
+
+@implement("gradient_add_", _KEY)
+def gradient_add_(total: Tensor, gradient: Tensor, scale: float, finite: Tensor | None) -> Tensor:
+    added = torch.ones((), dtype=torch.bool, device=total.device) if finite is None else finite.clone()
+    if total.numel() == 0:
+        return added
+    gradient = torch.atleast_1d(gradient)
+    rows = gradient.shape[0]
+    step = max(1, _CHUNK * rows // total.numel())
+    parts = list(zip(total.view(rows, -1).split(step), gradient.split(step), strict=True))
+    if finite is None:
+        for _, part in parts:
+            added &= torch.isfinite(part).all()
+    for old, part in parts:
+        new = torch.add(old.float(), part.reshape(old.shape).float(), alpha=scale)
+        torch.where(added, new.to(old.dtype), old, out=old)
+    return added

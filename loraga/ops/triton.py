@@ -1,0 +1,78 @@
+"""CUDA devices: each op goes to its Triton kernel where that was measured to win, else to plain torch.
+
+Triton and the kernels are imported when a kernel is first picked; where they do not work plain torch does all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from typing import Any
+
+import torch
+
+from loraga.kernels import choice
+from loraga.ops import reference as default
+from loraga.ops.declared import implement
+
+# op: (file of loraga/kernels, launcher, how many of the first arguments are the large ones)
+LAUNCHERS = {
+    "test_matrix_": ("random", "fill", 1),
+    "left_product": ("streaming", "left_product", 2),
+    "right_product": ("streaming", "right_product", 2),
+    "commit_": ("commit", "commit", 2),
+    "accumulate_": ("accumulate", "accumulate", 3),
+    "orthonormalize": ("orthonormalize", "orthonormalize", 1),
+    "subspace": ("subspace", "subspace", 1),
+}
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def launcher_for(op: str, large: tuple[torch.Tensor, ...], arch: int) -> Any:
+    """The kernel launcher for these operands on compute capability `arch`, or the reference where no kernel wins.
+
+    The width of the last operand is what the table of wins goes by: of x and dy, where they are summed onto a buffer.
+    """
+    if not choice.picks(op, arch, large[-1], choice.work(*large)) or not _works(large[-1].device):
+        return getattr(default, op)
+    family, launcher, _ = LAUNCHERS[op]
+    return getattr(importlib.import_module(f"loraga.kernels.{family}"), launcher)
+
+
+@functools.cache
+def _works(device: torch.device) -> bool:
+    """Can Triton build and launch a kernel for `device` here (it needs a C compiler, for one)? Says once why not."""
+    try:
+        from loraga.kernels import random
+
+        random.fill(torch.empty(4, device=device), 0)
+    except Exception as error:
+        if choice.forced():
+            raise
+        warnings.warn(
+            f"Triton cannot run kernels on {device} ({type(error).__name__}: {error}); loraga takes torch operations "
+            "there. LORAGA_TRITON=0 does so without trying, LORAGA_TRITON=1 shows the whole error.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _register(op: str) -> None:
+    count = LAUNCHERS[op][2]
+
+    @implement(op, "CUDA")
+    def run(*args: Any) -> Any:
+        device = args[0].device
+        with torch.cuda.device(device):  # Triton launches on the current one
+            return launcher_for(op, args[:count], _arch(device))(*args)
+
+
+for _op in LAUNCHERS:
+    _register(_op)

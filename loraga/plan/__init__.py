@@ -1,0 +1,1 @@
+"""What an initialisation will need, counted on shapes without weights."""

@@ -1,0 +1,173 @@
+"""The benchmark scripts: that they run, that their figures are right where that can be told, and that the documents
+show what the committed results hold."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import _machine
+import operations
+import tables
+import torch
+import whole_run
+
+BENCHMARKS = tables.ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+
+
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda document: document.parent.name)
+def test_documents_show_the_committed_results(document):
+    text = document.read_text("utf-8")
+    assert "<!-- table:" in text and tables.filled(text) == text
+
+
+def test_tables_are_put_in_their_places_and_nowhere_else():
+    whole = tables.table("whole-run-cpu")
+    assert whole.splitlines()[2].startswith("| floor |")
+    before = "Before.\n\n<!-- table: whole-run-cpu: floor, lora-step -->\nold\n<!-- end -->\n\nAfter.\n"
+    after = tables.filled(before)
+    assert after.startswith("Before.\n\n<!-- table:") and after.endswith("<!-- end -->\n\nAfter.\n")
+    rows = [line for line in after.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| case", "| floor", "| lora-step"] and "old" not in after
+    assert tables.filled(after) == after
+
+
+# the demo's has a form of its own: test_examples.py
+@pytest.mark.parametrize(
+    "file", sorted(set(RESULTS.glob("*.json")) - {RESULTS / "demo-cpu.json"}), ids=lambda f: f.stem
+)
+def test_results_name_commit_machine_and_versions(file):
+    result = json.loads(file.read_text())
+    if "benchmarks" in result:  # pytest-benchmark's own form
+        result = result["benchmarks"][0]["extra_info"]["machine"]
+    assert {"commit", "command", "cpu", "threads", "python", "torch"} <= result.keys()
+    assert not result["commit"].endswith("dirty")
+
+
+def run_whole(*arguments: str) -> subprocess.CompletedProcess[str]:
+    options = ["--shape", "tiny", "--batches", "2", "--rows", "2", "--length", "48", "--rank", "4", "--repeats", "1"]
+    command = [sys.executable, str(BENCHMARKS / "whole_run.py"), *options, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_whole_runs_measure_time_memory_and_objective(tmp_path):
+    cases = ["floor", "loraga", "official-loraga", "lora-step"]
+    file = tmp_path / "result.json"
+    done = run_whole("--check-layers", "0", "--output", str(file), "--cases", *cases)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    rows = {row["case"]: row for row in result["rows"]}
+    assert list(rows) == cases and not result["failed"]
+    assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in rows.values())
+    assert rows["floor"]["over_floor"] == 1 and rows["lora-step"]["memory_over_lora_step"] == 1
+    # small layers are summed exactly; the official procedure has only its own few iterations between it and the truth
+    for case, most in (("loraga", 1e-3), ("official-loraga", 0.05)):
+        found = rows[case]["objective"]
+        assert found["layers"] == 7 and -1e-4 < found["mean_excess"] <= found["worst_excess"] < most
+    assert "objective" not in rows["floor"] | rows["lora-step"]
+    assert all(f"| {case} |" in done.stdout for case in cases)
+
+
+def test_a_peer_that_is_not_done_in_time_is_a_result(tmp_path):
+    cases = ["floor", "loraga", "peft-eva"]
+    done = run_whole("--limit", "0.01", "--output", str(tmp_path / "result.json"), "--cases", *cases)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\| loraga \| \d", done.stdout)
+    assert re.search(r"\| peft-eva \| stopped after \d+ s \|", done.stdout)
+    done = run_whole("--limit", "2", "--cases", "peft-eva")
+    assert done.returncode == 2 and "let the floor be the first" in done.stderr
+
+
+def test_a_peer_that_fails_is_a_result_and_a_case_of_ours_is_not(tmp_path):
+    file, cases = tmp_path / "result.json", ["loraga", "official-loraga"]
+    # more directions than a layer has: ours takes what is there
+    done = run_whole("--rank", "4000", "--check-layers", "--output", str(file), "--cases", *cases)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert [row["case"] for row in result["rows"]] == ["loraga"] and list(result["failed"]) == ["official-loraga"]
+    # of a single token there is nothing to predict, and no gradient
+    done = run_whole("--length", "1", "--output", str(file), "--cases", "loraga")
+    assert done.returncode == 1 and "failed: loraga" in done.stderr.splitlines()
+    assert "The gradient is zero" in json.loads(file.read_text())["failed"]["loraga"]
+
+
+@pytest.mark.parametrize("how", ["a signal", "nothing said"])
+def test_a_process_that_dies_is_named_by_its_exit_code(how):
+    dying, code = (os.abort, -signal.SIGABRT) if how == "a signal" else (functools.partial(os._exit, 3), 3)
+    with pytest.raises(ChildProcessError, match=f"exit code {code}"):
+        whole_run.alone(dying)
+
+
+def test_a_machine_without_git_is_described(monkeypatch):
+    _machine.said.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    assert _machine.commit() == "unknown"
+    _machine.said.cache_clear()
+
+
+@pytest.mark.parametrize(("m", "n"), [(30, 50), (50, 30)])
+def test_energies_of_a_layer_are_its_squared_singular_values(m, n, monkeypatch):
+    monkeypatch.setattr(operations, "TOKENS", 64)
+    exact = torch.linalg.svdvals(operations.total(operations.stream(m, n)).double()).square()
+    assert (operations.squares(m, n, torch.float32) - exact).abs().max() <= 1e-12 * exact[0]
+
+
+@pytest.fixture
+def session(tmp_path):
+    """`gpu_session.sh` with a Python that notes what it is asked for: `native.py` fails, `roofline.py` never ends."""
+    python = tmp_path / "python"
+    python.write_text(
+        """#!/bin/bash
+echo "$*" >>"$WORK/calls"
+case "$*" in
+*native.py*) echo "it broke"; exit 3 ;;
+*roofline.py*) trap 'echo interrupted; exit 2' INT; echo "row 1"; sleep 60 & wait ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "WORK": str(tmp_path / "work")}
+
+    def start(*sections: str, **more: str) -> subprocess.Popen[str]:
+        command = [str(BENCHMARKS / "gpu_session.sh"), str(tmp_path / "out"), *sections]
+        return subprocess.Popen(command, env=environment | more, stdout=subprocess.PIPE, text=True)
+
+    return start
+
+
+def test_a_gpu_session_goes_on_where_it_was(session, tmp_path):
+    first = session("build", "native", "operations")
+    assert "failed (3)" in first.communicate()[0] and first.returncode == 1
+    said = session("build", "native", "operations").communicate()[0]
+    assert "build: done before" in said and "operations: done before" in said and said.endswith("not done: native\n")
+    calls = (tmp_path / "work" / "calls").read_text()
+    assert calls.count("pip install") == calls.count("operations.py") == 1 and calls.count("native.py") == 2
+    assert "no time left" in session("tests", CALL_SECONDS="5").communicate()[0]
+    with tarfile.open(tmp_path / "out" / "gpu-session.tar.gz") as brought:
+        assert {"./build.done", "./native.log", "./operations.log"} <= set(brought.getnames())
+
+
+def test_a_gpu_session_that_is_stopped_brings_back_what_it_has(session, tmp_path):
+    running = session("kernels")
+    log = tmp_path / "work" / "kernels.log"
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=20)
+    assert running.returncode == 130
+    with tarfile.open(tmp_path / "out" / "gpu-session.tar.gz") as brought:
+        assert brought.extractfile("./kernels.log").read() == b"row 1\ninterrupted\n"
+        assert "./kernels.done" not in brought.getnames()

@@ -1,0 +1,388 @@
+"""The ops' contracts: schema, fakes, checks, and the torch reference against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraga.ops import declared as _ops
+from loraga.ops import reference as default
+
+SHAPES = [(64, 32, 48), (33, 17, 50), (7, 90, 20), (1, 5, 3)]  # T, n, m
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def pair(tokens: int, n: int, m: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(tokens, n).to(dtype), torch.randn(tokens, m).to(dtype)
+
+
+def tall(kind: str, m: int, k: int) -> torch.Tensor:
+    if kind == "zero":
+        return torch.zeros(m, k)
+    if kind == "rank one":
+        return torch.randn(m, 1) @ torch.randn(1, k)
+    if kind == "equal columns":
+        return torch.randn(m, 1).expand(m, k).contiguous()
+    if kind == "zero columns":
+        return torch.randn(m, k) * (torch.arange(k) % 2)
+    if kind == "scaled columns":
+        return torch.randn(m, k) * torch.logspace(-30, 30, k)
+    if kind == "tiny":
+        return torch.randn(m, k) * 1e-36
+    if kind == "huge":
+        return torch.randn(m, k) * 1e36
+    if kind == "identity":
+        return torch.eye(m, k)
+    u = torch.linalg.qr(torch.randn(m, k, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64)).Q
+    return (u * torch.logspace(0, -float(kind), k, dtype=torch.float64) @ v.T).float()
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        ("test_matrix_", lambda: (torch.empty(5, 3), 7)),
+        ("left_product", lambda: (*pair(9, 4, 6, torch.float32), torch.randn(4, 2), 1.0, False, None, None)),
+        (
+            "left_product",
+            lambda: (
+                *pair(9, 4, 6, torch.bfloat16),
+                torch.randn(4, 3),
+                0.5,
+                True,
+                torch.randn(6, 2),
+                torch.randn(2, 2),
+            ),
+        ),
+        ("right_product", lambda: (*pair(9, 4, 6, torch.float32), torch.randn(6, 2), 1.0, False, None, None)),
+        (
+            "right_product",
+            lambda: (*pair(9, 4, 6, torch.float16), torch.randn(6, 2), 0.5, True, torch.randn(2, 3), torch.randn(3, 4)),
+        ),
+        ("commit_", lambda: tuple(torch.randn(*s) for s in ((6, 2), (2, 4), (6, 1), (6, 2), (2, 4), (6, 3)))),
+        ("accumulate_", lambda: (torch.zeros(6, 4), torch.randn(9, 4), torch.randn(9, 6), 0.5)),
+        ("orthonormalize", lambda: (torch.randn(2, 9, 4), True)),
+        ("subspace", lambda: (torch.randn(2, 9, 7), 4, 1, [1, 2])),
+        ("subspace", lambda: (torch.randn(2, 7, 9).bfloat16().mT, 4, 1, [1, 2])),
+        ("small_svd", lambda: (torch.randn(2, 4, 4),)),
+        ("cholesky_inverse", lambda: (torch.eye(4, dtype=torch.float64).repeat(2, 1, 1), 1e-3)),
+        ("gradient_add_", lambda: (torch.zeros(6, 4), torch.randn(6, 2, 2), 0.5, None)),
+        ("gradient_add_", lambda: (torch.zeros(6, 4), torch.randn(6, 2, 2), 0.5, torch.tensor(False))),
+    ],
+)
+def test_registration(op, args):
+    """Schema, mutation, fake and real outputs agree (torch.library.opcheck)."""
+    overload = getattr(torch.ops.loraga, op).default
+    torch.library.opcheck(overload, args(), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _ops.test_matrix_(torch.empty(3), 0), "matrix"),
+        (lambda: _ops.left_product(torch.randn(3, 4), torch.randn(2, 5), torch.randn(4, 1)), "share T"),
+        (lambda: _ops.left_product(torch.randn(3, 4), torch.randn(3, 5).half(), torch.randn(4, 1)), "share one"),
+        (lambda: _ops.left_product(torch.randn(3, 4), torch.randn(3, 5), torch.randn(5, 1)), r"\(4, k\)"),
+        (lambda: _ops.right_product(torch.randn(3, 4), torch.randn(3, 5), torch.randn(4, 1)), r"\(5, k\)"),
+        (
+            lambda: _ops.left_product(
+                *pair(3, 4, 5, torch.float32), torch.randn(4, 1), onto=(torch.randn(5, 2), torch.randn(2, 2))
+            ),
+            r"\(5, 2\), does not fit",
+        ),
+        (
+            lambda: _ops.right_product(
+                *pair(3, 4, 5, torch.float32), torch.randn(5, 1), onto=(torch.randn(1, 2), torch.randn(3, 4))
+            ),
+            "multiply",
+        ),
+        (
+            lambda: _ops.left_product(*pair(3, 4, 5, torch.float32), torch.randn(4, 1), onto=(torch.randn(5, 1), None)),
+            "together",
+        ),
+        (lambda: _ops.commit_(*(torch.zeros(3, 2) for _ in range(6))), "do not fit"),
+        (lambda: _ops.commit_(*(torch.zeros(3, 2).half() for _ in range(6))), "float32"),
+        (lambda: _ops.commit_(*(torch.zeros(2, 3).t() for _ in range(6))), "contiguous"),
+        (lambda: _ops.accumulate_(torch.zeros(4, 5), torch.randn(3, 4), torch.randn(3, 5)), r"\(5, 4\)"),
+        (lambda: _ops.orthonormalize(torch.randn(3, 4)), "m >= k"),
+        (lambda: _ops.orthonormalize(torch.randn(4, 3).double()), "float32"),
+        (lambda: _ops.subspace(torch.randn(3, 4), 2, 1, [0]), r"\(b, m, n\)"),
+        (lambda: _ops.subspace(torch.randn(1, 5, 4), 5, 1, [0]), "min"),
+        (lambda: _ops.subspace(torch.randn(2, 5, 4), 2, 1, [0]), "2 seeds"),
+        (lambda: _ops.small_svd(torch.randn(3, 4)), "k, k"),
+        (lambda: _ops.cholesky_inverse(torch.eye(3)), "float64"),
+        (lambda: _ops.cholesky_inverse(torch.eye(3).double(), -1.0), "shift must be finite and not negative, got -1"),
+        (lambda: _ops.gradient_add_(torch.zeros(2).half(), torch.zeros(2)), "float32 or bfloat16, got torch.float16"),
+        (lambda: _ops.gradient_add_(torch.zeros(4, 2).T, torch.zeros(2, 4)), "total must be contiguous"),
+        (lambda: _ops.gradient_add_(torch.zeros(4), torch.zeros(2, 3)), r"the 4 entries of total, got .* \(2, 3\)"),
+        (lambda: _ops.gradient_add_(torch.zeros(4), torch.zeros(4), 1.0, torch.ones(1)), "0-dim bool"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_philox_known_answers():
+    """Known-answer vectors of Philox4x32-10 published with Random123 (zero and all-ones counter and key)."""
+    words = default.philox(torch.zeros(1, dtype=torch.int64), 0)
+    assert [int(w) for w in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_test_matrix_is_uniform_independent_and_by_position():
+    a = _ops.test_matrix_(torch.empty(300, 200), 5)
+    assert a.min() >= -1 and a.max() < 1
+    assert abs(float(a.mean())) < 0.01 and abs(float(a.var()) * 3 - 1) < 0.01
+    assert torch.linalg.matrix_norm(a, 2) < 1.15 * (300**0.5 + 200**0.5) / 3**0.5  # no hidden structure
+    # the same stream laid out otherwise; another seed is another stream
+    assert torch.equal(_ops.test_matrix_(torch.empty(200, 300), 5).view(-1), a.view(-1))
+    b = _ops.test_matrix_(torch.empty(300, 200), 6)
+    assert abs(float((a * b).mean())) < 0.01
+
+
+def test_test_matrix_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    _ops.test_matrix_(torch.empty(10, 10), 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "n", "m"), SHAPES)
+def test_products_against_float64(tokens, n, m, dtype):
+    """No worse than the eager product in the same dtype, up to a small constant."""
+    x, dy = pair(tokens, n, m, dtype)
+    v, q = torch.randn(n, 4), torch.randn(m, 4)
+    exact = dy.double().T @ x.double()
+    for ours, truth, eager in (
+        (_ops.left_product(x, dy, v), exact @ v.double(), dy.T @ (x @ v.to(dtype))),
+        (_ops.right_product(x, dy, q), q.double().T @ exact, (dy @ q.to(dtype)).T @ x),
+    ):
+        assert ours.dtype == torch.float32
+        bound = (eager.double() - truth).norm() + 1e-6 * truth.norm()
+        assert (ours.double() - truth).norm() <= 1.5 * bound
+
+
+@pytest.mark.parametrize("units", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_products_are_as_good_as_bfloat16(monkeypatch, units, dtype):
+    """On a CPU with bfloat16 units and on one without: what the product is added to keeps its digits."""
+    monkeypatch.setattr(default, "has_bfloat16_units", lambda device: units)
+    x, dy = pair(700, 96, 80, dtype)
+    v, q, zv, w, c, z = (torch.randn(*shape) for shape in ((96, 24), (80, 24), (24, 24), (80, 24), (24, 24), (24, 96)))
+    gradient = dy.double().T @ x.double()
+    for ours, product, onto in (
+        (
+            _ops.left_product(x, dy, v, 0.5, rounded=True, onto=(q, 1e6 * zv)),
+            0.5 * gradient @ v.double(),
+            1e6 * q.double() @ zv.double(),
+        ),
+        (
+            _ops.right_product(x, dy, w, 0.5, rounded=True, onto=(c, 1e6 * z)),
+            0.5 * w.double().T @ gradient,
+            1e6 * c.double() @ z.double(),
+        ),
+    ):
+        error = (ours.double() - product - onto).norm()
+        assert ours.dtype == torch.float32
+        assert error <= 2.0**-7 * product.norm() + 1e-7 * onto.norm()
+        if dtype == torch.float32 and not units:
+            assert error <= 1e-6 * product.norm() + 1e-7 * onto.norm()
+
+
+@pytest.mark.parametrize(("tokens", "n", "m"), SHAPES)
+def test_products_onto_a_sum(tokens, n, m):
+    """scale · G V + Q (Z V), where columns beyond those of Z V see G only, and scale · QᵀG + C Z."""
+    x, dy = pair(tokens, n, m, torch.float32)
+    v, q, zv, c, z = (torch.randn(*shape) for shape in ((n, 5), (m, 4), (4, 3), (4, 4), (4, n)))
+    exact = dy.double().T @ x.double()
+    left = 0.5 * exact @ v.double()
+    left[:, :3] += q.double() @ zv.double()
+    right = 0.5 * q.double().T @ exact + c.double() @ z.double()
+    assert (_ops.left_product(x, dy, v, 0.5, onto=(q, zv)).double() - left).norm() <= 1e-6 * left.norm()
+    assert (_ops.right_product(x, dy, q, 0.5, onto=(c, z)).double() - right).norm() <= 1e-6 * right.norm()
+
+
+@pytest.mark.parametrize("poison", [None, 1, 2])
+def test_commit_is_all_or_nothing(poison):
+    """The poisoned entry sits in new_z (1) or in a probe's column of left (2)."""
+    (m, n, k, p) = (7, 9, 3, 2)
+    old = [torch.randn(m, k), torch.randn(k, n), torch.randn(m, p)]
+    new = [torch.randn(m, k), torch.randn(k, n), torch.randn(m, k + p).t().contiguous().t()]
+    if poison is not None:
+        new[poison][-1, -1] = torch.inf
+    state = [t.clone() for t in old]
+    finite = _ops.commit_(*state, *new)
+    kept = poison is not None
+    assert bool(finite) != kept
+    expected = old if kept else [new[0], new[1], old[2] + new[2][:, k:]]
+    for got, wanted in zip(state, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "n", "m"), SHAPES)
+def test_accumulate_against_float64(tokens, n, m, dtype, buffer):
+    x, dy = pair(tokens, n, m, dtype)
+    g = torch.randn(m, n).to(buffer)
+    truth = g.double() + 0.25 * (dy.double().T @ x.double())
+    assert bool(_ops.accumulate_(g, x, dy, 0.25))
+    unit = 2.0**-8 if buffer == torch.bfloat16 else 2.0**-20
+    assert (g.double() - truth).abs().max() <= unit * truth.abs().max()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["x", "dy"])
+def test_accumulate_leaves_a_poisoned_batch_out(bad, where):
+    x, dy = pair(8, 5, 6, torch.float32)
+    (x if where == "x" else dy)[3, 2] = bad
+    g = torch.randn(6, 5)
+    before = g.clone()
+    assert not bool(_ops.accumulate_(g, x, dy))
+    assert torch.equal(g, before)
+
+
+@pytest.mark.parametrize("shape", [(200, 80), (80, 80), (100, 80), (33, 7), (5, 5), (3, 1), (1, 1)])
+@pytest.mark.parametrize(
+    "kind",
+    ["zero", "rank one", "equal columns", "zero columns", "scaled columns", "tiny", "huge", "identity", "3", "7", "14"],
+)
+def test_orthonormalize_any_input(shape, kind):
+    y = tall(kind, *shape)
+    q = _ops.orthonormalize(y).double()
+    assert (q.T @ q - torch.eye(shape[1])).norm(2) < 1e-6
+    unit = y.double() / y.double().norm(dim=0).clamp_min(1e-300)
+    assert (unit - q @ (q.T @ unit)).norm() < 2e-5  # the range is kept
+
+
+@pytest.mark.parametrize("kind", ["zero", "rank one", "zero columns", "scaled columns", "3", "7"])
+def test_orthonormalize_without_refinement(kind):
+    """Full rank and well conditioned for any input, orthonormal for a good one."""
+    q = _ops.orthonormalize(tall(kind, 200, 80), refine=False).double()
+    assert torch.linalg.cond(q) < 2
+    q = _ops.orthonormalize(torch.randn(200, 80), refine=False).double()
+    assert (q.T @ q - torch.eye(80)).norm(2) < 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 70),
+    share=st.floats(0.0, 1.0),
+    decay=st.floats(0.0, 10.0),
+    scale=st.integers(-30, 30),
+    batch=st.integers(0, 3),
+    seed=st.integers(0, 2**30),
+)
+def test_orthonormalize_property(m, share, decay, scale, batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    k = max(1, round(share * m))
+    y = torch.randn(batch, m, k, generator=generator) * torch.logspace(0, -decay, k) * 10.0**scale
+    q = _ops.orthonormalize(y).double()
+    assert q.shape == y.shape
+    if batch:
+        assert (q.mT @ q - torch.eye(k)).norm(2, dim=(-2, -1)).max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["rows", "columns", "slice"])
+@pytest.mark.parametrize(("b", "m", "n", "k"), [(0, 8, 8, 3), (1, 64, 64, 64), (3, 50, 37, 12), (3, 37, 50, 37)])
+def test_subspace(b, m, n, k, layout, dtype):
+    """Q orthonormal, Z its coordinates; a space that holds all of a matrix of rank k, from any strides."""
+    exact = torch.randn(b, m, k, dtype=torch.float64) @ torch.randn(b, k, n, dtype=torch.float64)
+    g = {
+        "rows": lambda: exact.to(dtype),
+        "columns": lambda: exact.mT.contiguous().to(dtype).mT,
+        "slice": lambda: torch.full((b, m, 2 * n), torch.nan, dtype=dtype).index_copy_(
+            2, torch.arange(0, 2 * n, 2), exact.to(dtype)
+        )[:, :, ::2],
+    }[layout]()
+    before = g.clone()
+    q, z = _ops.subspace(g, k, 2, list(range(b)))
+    assert q.shape == (b, m, k) and z.shape == (b, k, n) and torch.equal(g, before)
+    if b:
+        g, q, z = g.double(), q.double(), z.double()
+        size = g.norm(dim=(-2, -1), keepdim=True)
+        assert (q.mT @ q - torch.eye(k)).abs().max() < 1e-6
+        assert ((z - q.mT @ g) / size).abs().max() < (1e-6 if dtype == torch.float32 else 1e-5)
+        left = (g - q @ z).norm(dim=(-2, -1))
+        assert (left < 1.1 * torch.linalg.svdvals(g)[:, k:].norm(dim=-1) + 1e-5 * size.flatten()).all()
+
+
+def test_subspace_copies_no_batch():
+    """One matrix is widened at a time, and only of half precision; float32 is used as it lies."""
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not func.is_view:
+                made.append(out.numel())
+            return out
+
+    for dtype, most in ((torch.float32, 60 * 50), (torch.bfloat16, 60 * 50 + 1)):
+        made.clear()
+        g = torch.randn(4, 60, 50).to(dtype)
+        with Watch():
+            default.subspace(g, 3, 1, [0, 1, 2, 3])
+        assert 0 < max(made) < most
+
+
+@pytest.mark.parametrize("k", [1, 2, 17, 40])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_small_svd(k, scale):
+    core = torch.randn(3, k, k) * scale
+    core[1] = 0
+    core[2, :, k // 2 :] = 0
+    u, s, vh = _ops.small_svd(core)
+    assert (u * s[..., None, :] @ vh - core).abs().max() <= 2e-6 * core.abs().max()
+    truth = torch.linalg.svdvals(core.double())
+    assert (s.double() - truth).abs().max() <= 1e-6 * truth.max()
+    eye = torch.eye(k)
+    assert (u.mT @ u - eye).abs().max() < 1e-5 and (vh @ vh.mT - eye).abs().max() < 1e-5
+
+
+def test_small_svd_of_nan_neither_raises_nor_looks_sound():
+    core = torch.randn(2, 4, 4)
+    core[0, 1, 1] = float("nan")
+    _, s, _ = _ops.small_svd(core)
+    assert s[0].isnan().all() and s[1].isfinite().all()
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e10])
+@pytest.mark.parametrize("k", [1, 7, 80])
+def test_cholesky_inverse(k, condition):
+    q = torch.linalg.qr(torch.randn(3, k, k, dtype=torch.float64)).Q
+    gram = (q * torch.logspace(0, -1, k, base=condition, dtype=torch.float64)) @ q.mT
+    inverse = _ops.cholesky_inverse(gram, 1e-12)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    eye = torch.eye(k, dtype=torch.float64)
+    assert torch.equal(inverse, inverse.tril())
+    assert (inverse @ (gram + 1e-12 * trace * eye) @ inverse.mT - eye).abs().max() < 1e-13 * k * condition
+
+
+def test_cholesky_inverse_of_what_has_none_is_nan():
+    bad = torch.eye(4, dtype=torch.float64).repeat(5, 1, 1)
+    bad[1, 2, 2], bad[2, 0, 0], bad[3, 3, 0], bad[4, 0, 0] = -1.0, 0.0, torch.nan, torch.inf
+    inverse = _ops.cholesky_inverse(bad)
+    assert torch.equal(inverse[0], bad[0]) and inverse[1:].isnan().all()
+
+
+@pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(9, 700, 5, 17), (100_000, 3), (5,), (), (0, 4)])
+def test_gradient_add(shape, dtype, buffer):
+    gradient = torch.randn(shape).to(dtype)
+    if len(shape) == 4:
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+    total = torch.randn(gradient.numel()).to(buffer)
+    exact = total.double() + 0.25 * gradient.double().reshape(-1)
+    assert bool(_ops.gradient_add_(total, gradient, 0.25))
+    assert torch.equal(total, exact.float().to(buffer))
+    if gradient.numel():
+        before = total.clone()
+        (gradient if gradient.dim() else gradient[None])[..., -1:] = torch.inf
+        assert not bool(_ops.gradient_add_(total, gradient)) and torch.equal(total, before)
+        assert not bool(_ops.gradient_add_(total, torch.ones_like(gradient), 1.0, torch.tensor(False)))
+        assert torch.equal(total, before)
