@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it at the end, or removed on failure."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def files_whole(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
+def atomic_files(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
     """A temporary folder whose files are moved into `folder` at the end, or removed on failure.
 
     The file `last` is the one without which the others are not read; whoever stops in between leaves a folder without
@@ -47,3 +47,28 @@ def files_whole(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
             target.rmdir()
         raise
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place at the end, or is removed on failure.
+
+    Raises:
+        OSError: the temporary folder cannot be made.
+    """
+    target = Path(folder).resolve()
+    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{part}") for part in ("tmp", "old"))
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.exists():
+            target.rename(old)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

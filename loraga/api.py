@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from loraga._messages import listed
+from loraga.capture.batches import LossFn
 from loraga.capture.isolation import rng_untouched
-from loraga.capture.run import LossFn, estimate
+from loraga.capture.run import estimate
 from loraga.capture.weight_gradients import WholeWeight
 from loraga.config import InitConfig
 from loraga.distributed.ranks import Ranks
@@ -24,7 +26,7 @@ from loraga.report.report import INITIALISED
 from loraga.start import starts
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from loraga.integrations.peft import LoraConfig, PeftModel
 
 
 def fast_init(
@@ -200,10 +202,10 @@ def estimate_factors(
             )
     unseen = {name: reason for name in targets if (reason := summary.why_unseen(name, estimation))}
     if unseen and ranks.first:
-        listed = summary.listed([f"{name} ({reason})" for name, reason in unseen.items()])
-        warnings.warn(f"These layers are left out of the result: {listed}.", stacklevel=2)
+        left_out = listed([f"{name} ({reason})" for name, reason in unseen.items()])
+        warnings.warn(f"These layers are left out of the result: {left_out}.", stacklevel=2)
     if estimation.skipped_batches and ranks.first:
-        layers = summary.listed([name for name, count in estimation.skipped.items() if count])
+        layers = listed([name for name, count in estimation.skipped.items() if count])
         warnings.warn(summary.skipped(estimation) + f" at {layers}.", stacklevel=2)
     return {name: result.factors for name, result in estimation.estimates.items() if name not in unseen}
 

@@ -35,7 +35,7 @@ from zoo import (
 
 import loraga
 from loraga import InitConfig
-from loraga.capture.run import _Collector
+from loraga.capture.collector import Collector
 from loraga.estimators import finish
 
 
@@ -525,7 +525,7 @@ def test_blocks_compiled_in_place_run_as_written():
 def test_a_layer_computed_with_elsewhere_than_its_weight_lies():
     """As under FSDP2's CPU offload: the sketch is made anew where the gradient comes, as long as it is empty."""
     cpu, elsewhere = torch.device("cpu"), torch.device("meta")
-    collector = _Collector({"up": 8}, InitConfig(), 2, False, 0, cpu)
+    collector = Collector({"up": 8}, InitConfig(), 2, False, 0, cpu)
     collector.prepare({"up": nn.Linear(220, 300)}, {})
     collector._devices["up"] = elsewhere
     collector.make("up", 300, 220)

@@ -58,8 +58,8 @@ def readable(folder: Path) -> bool:
 def killed_at(monkeypatch, moment: str) -> None:
     """Have this process die at a moment of `loraga init`."""
     if moment == "between batches":
-        loss, calls = capture_run._loss, []
-        monkeypatch.setattr(capture_run, "_loss", lambda *a: die() if len(calls) else calls.append(0) or loss(*a))
+        loss, calls = capture_run.loss_of, []
+        monkeypatch.setattr(capture_run, "loss_of", lambda *a: die() if len(calls) else calls.append(0) or loss(*a))
     elif moment == "while weights are written":
         save = PeftModel.save_pretrained
 

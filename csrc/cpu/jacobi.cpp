@@ -3,7 +3,6 @@
 #include <cmath>
 #include <limits>
 
-#include "loraga/jacobi_checks.hpp"
 #include "loraga/jacobi_steps.hpp"
 
 namespace loraga::cpu {

@@ -8,7 +8,7 @@
 #include <limits>
 
 #include "cholesky_block.cuh"
-#include "loraga/cuda_support.cuh"
+#include "support.cuh"
 
 namespace loraga::cuda {
 namespace {

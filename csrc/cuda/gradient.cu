@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "gradient_block.cuh"
-#include "loraga/cuda_support.cuh"
+#include "support.cuh"
 
 namespace loraga::cuda {
 namespace {

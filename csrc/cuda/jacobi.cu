@@ -4,8 +4,7 @@
 #include <algorithm>
 
 #include "jacobi_block.cuh"
-#include "loraga/cuda_support.cuh"
-#include "loraga/jacobi_checks.hpp"
+#include "support.cuh"
 
 namespace loraga::cuda {
 namespace {

@@ -6,15 +6,16 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from loraga._atomic_files import atomic_folder
+from loraga._messages import one_line
 from loraga._version import __version__
 from loraga.cli.rows import InputError, make_batches, read_rows
 from loraga.config import DIRECTIONS, METHODS, SCALES, STARTS, InitConfig
@@ -22,8 +23,6 @@ from loraga.config import DIRECTIONS, METHODS, SCALES, STARTS, InitConfig
 REPORT_FILE = "loraga_report.json"
 PLOT_FILE = "loraga_report.png"
 ADAPTER_FILE = "adapter_config.json"
-# transformers' class for each task
-FAMILIES = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "masked": "AutoModelForMaskedLM"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,11 +51,11 @@ def _failed(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         code, message = 130, "interrupted; nothing was written"
     elif isinstance(error, InputError):
-        code, message = 2, _line(error)
+        code, message = 2, one_line(error)
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not worth importing for this
         code, message = 1, "out of memory: use a smaller --batch-size or --max-length, or --dtype bfloat16"
     else:
-        code, message = 1, f"{type(error).__name__}: {_line(error)}"
+        code, message = 1, f"{type(error).__name__}: {one_line(error)}"
     _tell(f"error: {message}")
     return code
 
@@ -198,13 +197,16 @@ def _init(args: argparse.Namespace) -> None:
     init = _init_config(args)
     _check_output(args.output, args.overwrite, keep=(Path(args.model), args.data))
     rows = read_rows(args.data, args.batch_size * args.max_batches, args.seed)
-    with _whole_folder(args.output) as folder:
+    with _as_input_errors(), _output_folder(args.output) as folder:
         import loraga
+        from loraga.integrations import hf_models
 
         device = _device(args.device)
-        config, tokenizer = _config_and_tokenizer(args)
-        task = _task(config)
-        max_length = _max_length(args.max_length, config, tokenizer, task)
+        if args.quiet:
+            hf_models.silence()
+        config, tokenizer = hf_models.load_config_and_tokenizer(args.model, args.trust_remote_code)
+        task = hf_models.task_of(config)
+        max_length = min(args.max_length, tokenizer.model_max_length, hf_models.positions_of(config) or args.max_length)
         batches, notes = make_batches(
             rows, tokenizer, task, max_length=max_length, batch_size=args.batch_size, seed=args.seed
         )
@@ -212,18 +214,10 @@ def _init(args: argparse.Namespace) -> None:
             notes.append(f"rows are cut off at {max_length} tokens, the model's largest length")
         for note in notes:
             _tell(f"note: {note}")
-        model = _model(args, config, task).to(device)
-        try:
-            peft_model = loraga.fast_init(
-                model,
-                batches,
-                _lora_config(args, task),
-                init=init,
-                seed=args.seed,
-                show_progress_bar=not args.quiet,
-            )
-        except ValueError as error:
-            raise InputError(_line(error)) from error
+        model = hf_models.load_model(args.model, config, args.dtype, args.seed, args.trust_remote_code).to(device)
+        peft_model = loraga.fast_init(
+            model, batches, _lora_config(args, task), init=init, seed=args.seed, show_progress_bar=not args.quiet
+        )
         peft_model.peft_config["default"].base_model_name_or_path = args.model
         # The embeddings were not resized, so there is no need to look (perhaps on the hub) whether to save them.
         peft_model.save_pretrained(folder, save_embedding_layers=False)
@@ -237,6 +231,27 @@ def _init(args: argparse.Namespace) -> None:
         print(report)
         print(f"\nAdapter written to {args.output}. Train it at full fine-tuning's learning rate, starting with")
         print(f"  PeftModel.from_pretrained(base_model, {str(args.output)!r}, is_trainable=True)")
+
+
+@contextmanager
+def _as_input_errors() -> Iterator[None]:
+    """What is wrong with a value is what is wrong with the input: exit code 2, and one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
+
+
+@contextmanager
+def _output_folder(target: Path) -> Iterator[Path]:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(atomic_folder(target))
+        except OSError as error:
+            raise InputError(f"cannot write to {target.resolve().parent}: {error.strerror or error}.") from error
+        yield folder
 
 
 def _init_config(args: argparse.Namespace) -> InitConfig:
@@ -256,7 +271,7 @@ def _init_config(args: argparse.Namespace) -> InitConfig:
 
 
 def _lora_config(args: argparse.Namespace, task: str) -> Any:
-    from peft import LoraConfig
+    from loraga.integrations.peft import LoraConfig
 
     names = [name for names in args.target_modules for name in names.split(",") if name]
     return LoraConfig(
@@ -276,67 +291,8 @@ def _device(name: str) -> Any:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name} cannot be used here: {_line(error)}") from error
+        raise InputError(f"--device {name} cannot be used here: {one_line(error)}") from error
     return device
-
-
-@contextmanager
-def _loading(model: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"cannot load MODEL {model!r}: {_line(error)}") from error
-
-
-def _config_and_tokenizer(args: argparse.Namespace) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging
-
-    if args.quiet:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    if not Path(args.model).exists() and (args.model.startswith((".", "/", "~")) or args.model.count("/") > 1):
-        raise InputError(f"cannot load MODEL {args.model!r}: no such folder.")
-    with _loading(args.model):
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    return config, tokenizer
-
-
-def _task(config: Any) -> str:
-    """What kind of language model it is. Encoders such as BERT can also be built as decoders; few are."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    if getattr(config, "is_encoder_decoder", False):
-        return "seq2seq"
-    decodes = getattr(config, "is_decoder", False) or any(
-        name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ()
-    )
-    return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes else "causal"
-
-
-def _max_length(asked: int, config: Any, tokenizer: Any, task: str) -> int:
-    """What was asked for, or less where the model has fewer positions. T5 has no position table to run over."""
-    positions = None if task == "seq2seq" else getattr(config, "max_position_embeddings", None)
-    return min(asked, tokenizer.model_max_length, positions or asked)
-
-
-def _model(args: argparse.Namespace, config: Any, task: str) -> Any:
-    import torch
-    import transformers
-
-    family = getattr(transformers, FAMILIES[task])
-    # Weights that the checkpoint lacks (a new head) are drawn from the global generator.
-    torch.manual_seed(args.seed)
-    with _loading(args.model):
-        model = family.from_pretrained(
-            args.model,
-            config=config,
-            dtype=args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
-            trust_remote_code=args.trust_remote_code,
-        )
-    model.config.use_cache = False  # keys and values kept for generation would only cost memory here
-    return model
 
 
 def _check_output(target: Path, overwrite: bool, keep: Sequence[Path]) -> None:
@@ -355,51 +311,26 @@ def _check_output(target: Path, overwrite: bool, keep: Sequence[Path]) -> None:
             raise InputError(f"--output {target} holds {path}, which --overwrite would delete; give another folder.")
 
 
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place at the end, or is removed on failure."""
-    target = target.resolve()
-    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{part}") for part in ("tmp", "old"))
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {target.parent}: {error.strerror or error}.") from error
-    try:
-        yield temporary
-        if target.exists():
-            target.rename(old)
-        try:
-            temporary.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _plan(args: argparse.Namespace) -> None:
     if (args.tflops is None) != (args.gb_per_second is None):
         raise InputError("--tflops and --gb-per-second go together: a time needs both ceilings.")
     import torch
-    from transformers.utils import logging
 
-    from loraga.integrations.hf_models import config_of, without_weights
+    from loraga.integrations import hf_models
     from loraga.plan.dry_run import Ceilings
     from loraga.plan.plan import plan
 
-    logging.set_verbosity_error()
-    config = config_of(args.model, args.trust_remote_code)
-    task = _task(config)
-    positions = None if task == "seq2seq" else getattr(config, "max_position_embeddings", None)
+    hf_models.silence()
+    with _as_input_errors():
+        config = hf_models.config_of(args.model, args.trust_remote_code)
+    positions = hf_models.positions_of(config)
     if positions is not None and args.length > positions:
         raise InputError(f"--length {args.length} is more than the {positions} positions of {args.model!r}.")
     per_batch = args.micro_batch * args.length * args.ranks
-    try:
+    with _as_input_errors():
         planned = plan(
-            without_weights(config, FAMILIES[task], getattr(torch, args.dtype)),
-            _lora_config(args, task),
+            hf_models.without_weights(config, getattr(torch, args.dtype)),
+            _lora_config(args, hf_models.task_of(config)),
             rows=args.micro_batch,
             length=args.length,
             micro_batches=-(-args.tokens // per_batch),
@@ -407,8 +338,6 @@ def _plan(args: argparse.Namespace) -> None:
             checkpointing=args.checkpointing,
             ceilings=Ceilings(args.tflops * 1e12, args.gb_per_second * 1e9) if args.tflops else None,
         )
-    except ValueError as error:
-        raise InputError(_line(error)) from error
     print(json.dumps(planned.to_dict(), indent=1) if args.json else planned)
 
 
@@ -417,12 +346,6 @@ def _env(args: argparse.Namespace) -> None:
 
     found = environment()
     print(json.dumps(found, indent=1) if args.json else describe(found))
-
-
-def _line(error: BaseException) -> str:
-    """An error's message as one line: ours are whole sentences, other libraries put the essence first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _tell(message: str) -> None:

@@ -1,4 +1,4 @@
-"""Several processes, one adapter: what ranks tell each other, and merging what each of them saw.
+"""Several processes, one adapter: what ranks tell each other.
 
 Two ways of talking are used for two purposes. Whether everybody is well goes through the key-value store that every
 process group starts from: a rank that fails leaves its message there and raises at once, without waiting for anybody,
@@ -13,8 +13,7 @@ import itertools
 import json
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,14 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loraga.estimators import Estimator
-from loraga.linalg.precision import own_precision
-
 log = logging.getLogger("loraga")
 T = TypeVar("T")
 
 # one exchange is at most this large, or one layer
-_EXCHANGE_BYTES = 32 * 2**20
+EXCHANGE_BYTES = 32 * 2**20
 # after so many seconds of waiting, say for whom
 _PATIENCE = 30.0
 _SLICE = datetime.timedelta(seconds=5)
@@ -185,7 +181,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        for chunk in _chunks(values, _bytes, _EXCHANGE_BYTES):
+        for chunk in chunks(values, _bytes, EXCHANGE_BYTES):
             flat = torch.cat([value.reshape(-1).to(_reachable(chunk[0].device)) for value in chunk])
             self._exchange(flat, partial(dist.broadcast, flat, src=0))
             for value, part in zip(chunk, flat.split([value.numel() for value in chunk]), strict=True):
@@ -260,29 +256,7 @@ def _difference(here: str, there: str) -> str:
     return f"{'...' * (start > 0)}{here[start:][:100]} here, {there[start:][:100]} there"
 
 
-def merge(ranks: Ranks, estimators: Mapping[str, Estimator], scale: float) -> None:
-    """Make every rank's estimators those of the sum over ranks, each rank's sums multiplied by its `scale` first.
-
-    The mapping has the same names in the same order on all ranks, and each name the same shape. Layers of one shape
-    go together in exchanges of limited size: three of them for sketches (design §4.7), one for gradients.
-    """
-    if ranks.size == 1:
-        return
-    alike: dict[Hashable, list[Estimator]] = defaultdict(list)
-    largest = 0
-    for estimator in estimators.values():
-        spec = estimator.spec
-        alike[type(estimator), spec.m, spec.n, spec.rank].append(estimator)
-        largest = max(largest, 4 * spec.m * spec.n)
-    limit = min(_EXCHANGE_BYTES, largest)  # so no exchange is larger than the largest layer's gradient would be
-    for group in alike.values():
-        for chunk in _chunks(group, lambda estimator: estimator.exchange_bytes, limit):
-            with own_precision(chunk[0].spec.device):
-                for value in type(chunk[0]).merging(chunk, scale):
-                    ranks.sum_(value)
-
-
-def _chunks(values: Iterable[T], size_of: Any, limit: int) -> Iterator[list[T]]:
+def chunks(values: Iterable[T], size_of: Any, limit: int) -> Iterator[list[T]]:
     """Runs of `values` whose sizes add up to no more than `limit`, or single ones."""
     chunk: list[T] = []
     total = 0

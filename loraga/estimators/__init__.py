@@ -1,12 +1,15 @@
 """Estimators: a stream of (x, dy) in, factors of the mean gradient out."""
 
 from loraga.estimators.base import Estimate, Estimator, LayerSpec
+from loraga.estimators.choose import BFLOAT16_LIMIT, make_estimator
 from loraga.estimators.dense import Dense
 from loraga.estimators.finish import finish, finish_in_chunks
 from loraga.estimators.host_buffers import StagingRing
+from loraga.estimators.merge import merge
 from loraga.estimators.streaming import Streaming, power_steps, sketch_width
 
 __all__ = [
+    "BFLOAT16_LIMIT",
     "Dense",
     "Estimate",
     "Estimator",
@@ -15,6 +18,8 @@ __all__ = [
     "Streaming",
     "finish",
     "finish_in_chunks",
+    "make_estimator",
+    "merge",
     "power_steps",
     "sketch_width",
 ]

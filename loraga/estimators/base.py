@@ -54,7 +54,7 @@ class Estimator(Protocol):
 
     @property
     def merged_bytes(self) -> int:
-        """Bytes that a rank puts into all-reduces to merge its sums with those of the others (design §4.7)."""
+        """Bytes that a rank puts into all-reduces to merge its sums with those of the others (docs/architecture.md)."""
 
     @property
     def kind(self) -> Hashable:

@@ -1,7 +1,7 @@
 """The streaming estimator: the range of a sum of gradients, none of which is ever formed.
 
 Kept per layer: Q (m, k) orthonormal and Z (k, n) with (sum so far) ≈ Q Z. A micro-batch with gradient G_t = dYᵀ X is
-absorbed by one step of subspace iteration on Q Z + G_t, warm-started from the row space of Z (design §4.2):
+absorbed by one step of subspace iteration on Q Z + G_t, warm-started from the row space of Z (docs/architecture.md):
 
     V  = orth(Zᵀ)
     Y  = G_t V + Q (Z V)            left product
@@ -126,7 +126,7 @@ class Streaming:
 
     @staticmethod
     def merging(group: Sequence[Streaming], scale: float) -> Iterator[Tensor]:
-        """The range finder on the sum S of the ranks' Q Z, which is formed nowhere (design §4.7).
+        """The range finder on the sum S of the ranks' Q Z, which is formed nowhere (docs/architecture.md).
 
             V = orth(Sᵀ Ω),   Q = orth(S V),   Z = Qᵀ S
 

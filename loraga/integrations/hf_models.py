@@ -1,17 +1,24 @@
-"""Models without weights: from a configuration, found by name, with every parameter on the meta device."""
+"""Models of transformers: which kind a language model is, loading it, and building one without weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D as Conv1D
+from transformers.utils import logging
 
-from loraga.cli.rows import InputError
+from loraga._messages import one_line
 
+# transformers' class for each task
+_FAMILIES = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "masked": "AutoModelForMaskedLM"}
 # name: vocabulary, hidden, intermediate, layers, heads, key-value heads, longest row (their config.json files)
 _LLAMAS = {
     "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 4096),
@@ -30,7 +37,7 @@ def config_of(model: str, trust_remote_code: bool = False) -> Any:
     Nothing is downloaded.
 
     Raises:
-        InputError: there is no such thing, or it cannot be read.
+        ValueError: there is no such thing, or it cannot be read.
     """
     if model.lower() in _LLAMAS and not Path(model).exists():
         vocabulary, hidden, intermediate, layers, heads, kv_heads, longest = _LLAMAS[model.lower()]
@@ -46,32 +53,93 @@ def config_of(model: str, trust_remote_code: bool = False) -> Any:
         )
     path = Path(model)
     if not path.exists() and (path.suffix == ".json" or model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise InputError(f"there is no file or folder {model!r}.")
+        raise ValueError(f"there is no file or folder {model!r}.")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"folder {model!r} holds no config.json.")
+        raise ValueError(f"folder {model!r} holds no config.json.")
     try:
         return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if path.exists():
-            said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise InputError(f"cannot read the configuration in {model!r}: {said}") from error
-        raise InputError(
+            raise ValueError(f"cannot read the configuration in {model!r}: {one_line(error)}") from error
+        raise ValueError(
             f"{model!r} is no named shape ({', '.join(NAMES)}), no folder or config.json, and not in the local cache "
             "of downloaded models."
         ) from error
 
 
-def without_weights(config: PretrainedConfig, family: str, dtype: torch.dtype) -> nn.Module:
-    """The model of `config` on the meta device, made by transformers' class `family`, such as AutoModelForCausalLM.
+def without_weights(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The language model of `config` on the meta device.
 
     Raises:
-        InputError: transformers has no such model for this configuration.
+        ValueError: transformers has no such model for this configuration.
     """
     try:
         with torch.device("meta"):
-            model = getattr(transformers, family).from_config(config, dtype=dtype)
+            model = getattr(transformers, _FAMILIES[task_of(config)]).from_config(config, dtype=dtype)
     except (ValueError, KeyError, ImportError) as error:
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"cannot build a model of type {config.model_type!r}: {said}") from error
+        raise ValueError(f"cannot build a model of type {config.model_type!r}: {one_line(error)}") from error
     model.config.use_cache = False
     return model
+
+
+def silence() -> None:
+    """Keep transformers from printing anything but errors."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def task_of(config: Any) -> str:
+    """ "causal", "seq2seq" or "masked". Encoders such as BERT can also be built as decoders; few are."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    decodes = getattr(config, "is_decoder", False) or any(
+        name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ()
+    )
+    return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes else "causal"
+
+
+def positions_of(config: Any) -> int | None:
+    """The longest row that a model takes, where there is a limit. T5 has no position table to run over."""
+    return None if task_of(config) == "seq2seq" else getattr(config, "max_position_embeddings", None)
+
+
+def load_config_and_tokenizer(model: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Of a local folder or a hub id.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be read.
+    """
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ValueError(f"cannot load MODEL {model!r}: no such folder.")
+    with _loading(model):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return config, tokenizer
+
+
+def load_model(model: str, config: Any, dtype: str, seed: int, trust_remote_code: bool) -> nn.Module:
+    """The language model with its weights, in `dtype` ("auto": that of the checkpoint), on the CPU.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    family = getattr(transformers, _FAMILIES[task_of(config)])
+    # Weights that the checkpoint lacks (a new head) are drawn from the global generator.
+    torch.manual_seed(seed)
+    with _loading(model):
+        loaded = family.from_pretrained(
+            model,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+        )
+    loaded.config.use_cache = False  # keys and values kept for generation would only cost memory here
+    return loaded
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"cannot load MODEL {model!r}: {one_line(error)}") from error

@@ -3,12 +3,12 @@
     project:  out (T, k) = A (T, n) · B (n, k)                    P = X V,  R = dY Q,  Y = G V
     fold:     out (m, k) = scale · A (T, m)ᵀ · P (T, k) + L · M    Y = dYᵀ P + Q (Z V),  Zᵀ = Xᵀ R + Z_oldᵀ Cᵀ,  Gᵀ Q
 
-They are the streaming update (design §4.2) and, with A = G, the passes of randomized subspace iteration (Halko,
-Martinsson, Tropp 2011, algorithm 4.4). What cuBLAS cannot do in the same launch: B drawn from the counter-based stream
-as it is used (the first product of the range finder needs no test matrix in memory), the sum so far added and the scale
-applied while the result is in registers, half operands with float32 results, and a long sum cut into parts that are
-added in a fixed order (no atomics: the same bits in every run). A program holds 128 or 256 columns of the thin operand,
-so A is read once for every so many of them, at the speed of memory.
+They are the streaming update (docs/architecture.md) and, with A = G, the passes of randomized subspace iteration
+(Halko, Martinsson, Tropp 2011, algorithm 4.4). What cuBLAS cannot do in the same launch: B drawn from the counter-based
+stream as it is used (the first product of the range finder needs no test matrix in memory), the sum so far added and
+the scale applied while the result is in registers, half operands with float32 results, and a long sum cut into parts
+that are added in a fixed order (no atomics: the same bits in every run). A program holds 128 or 256 columns of the thin
+operand, so A is read once for every so many of them, at the speed of memory.
 
 Operands are of one dtype, products are exact in float32 (float32 operands: three tf32 products), sums are float32.
 """

@@ -1,7 +1,8 @@
 """Randomized linear algebra on top of the ops: never a device API."""
 
 import loraga.ops  # noqa: F401  registers what the ops run
-from loraga.linalg.svd import fix_signs, seed_of, truncated_svd
-from loraga.linalg.svd import test_matrix as test_matrix
+from loraga.linalg.seeds import seed_of
+from loraga.linalg.seeds import test_matrix as test_matrix
+from loraga.linalg.svd import fix_signs, truncated_svd
 
 __all__ = ["fix_signs", "seed_of", "test_matrix", "truncated_svd"]

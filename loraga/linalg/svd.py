@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -13,23 +12,9 @@ from loraga.linalg.precision import own_precision
 from loraga.ops import declared as _ops
 
 
-def seed_of(seed: int, name: str) -> int:
-    """A 64-bit key of its own for each (seed, layer name), the same in every process."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") & (2**63 - 1)
-
-
 def in_sixteens(columns: int) -> int:
     """`columns` rounded up to a multiple of 16, as many as matrix units and wide loads take at once."""
     return -(-columns // 16) * 16
-
-
-def test_matrix(rows: int, cols: int, seed: int, device: torch.device | str) -> Tensor:
-    """(rows, cols) float32 on `device`: see `loraga.ops.declared.test_matrix_`."""
-    return _ops.test_matrix_(torch.empty(rows, cols, dtype=torch.float32, device=device), seed)
-
-
-test_matrix.__test__ = False  # type: ignore[attr-defined]  # pytest would take the name for a test
 
 
 def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:

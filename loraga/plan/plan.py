@@ -20,19 +20,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from loraga._messages import one_line, size_text
 from loraga._version import release_of
 from loraga.capture.isolation import quiet
-from loraga.capture.run import BFLOAT16_LIMIT, make_estimator
 from loraga.capture.taps import Taps
 from loraga.config import InitConfig
-from loraga.estimators import Estimator, LayerSpec, Streaming, finish_in_chunks
+from loraga.estimators import (
+    BFLOAT16_LIMIT,
+    Estimator,
+    LayerSpec,
+    Streaming,
+    finish_in_chunks,
+    make_estimator,
+)
 from loraga.integrations import peft as adapters
 from loraga.integrations.peft import AdapterSlot
 from loraga.plan.dry_run import Ceilings, Cost, DryRun
 from loraga.start import starts
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from loraga.integrations.peft import LoraConfig
 
 # numbers by what they count
 Found = defaultdict[Any, float]
@@ -99,16 +106,16 @@ class Plan:
         rows = [
             f"{layers.count:8d}  {f'{layers.shape[0]} x {layers.shape[1]}':15s} "
             + (f"streaming, {layers.columns} columns" if layers.columns else "dense").ljust(24)
-            + f"{_size(layers.state_bytes):>10s}"
+            + f"{size_text(layers.state_bytes):>10s}"
             for layers in self.layers
         ]
         lines = [
-            f"{self.parameters / 1e9:.2f} billion parameters, {_size(self.weight_bytes)} in {self.dtype}; LoRA r "
-            f"{self.rank} {_size(self.adapter_bytes)}; {self.micro_batches} micro-batches of {self.rows} x "
+            f"{self.parameters / 1e9:.2f} billion parameters, {size_text(self.weight_bytes)} in {self.dtype}; LoRA r "
+            f"{self.rank} {size_text(self.adapter_bytes)}; {self.micro_batches} micro-batches of {self.rows} x "
             f"{self.length} tokens" + (f" on each of {self.ranks} ranks" if self.ranks > 1 else ""),
             f"{'layers':>8s}  {'out x in':15s} {'estimator':24s}{'state':>10s}",
             *rows,
-            f"{sum(layers.count for layers in self.layers):8d}  {'':40s}{_size(self.state_bytes):>10s}",
+            f"{sum(layers.count for layers in self.layers):8d}  {'':40s}{size_text(self.state_bytes):>10s}",
             f"work per micro-batch: model {_flops(self.model_flops)}, ours {_flops(self.update_flops)} "
             f"({self.update_flops / self.model_flops:.1%})",
         ]
@@ -123,11 +130,11 @@ class Plan:
         lines.append("peak memory, a prediction    without     with gradient checkpointing")
         for what in ("initialisation", "LoRA training step"):
             without, within = (self.peaks.get(what + way) for way in ("", CHECKPOINTED))
-            lines.append(f"  {what:24s} {_size(without):>10s} {_size(within):>10s}")
+            lines.append(f"  {what:24s} {size_text(without):>10s} {size_text(within):>10s}")
         if self.ranks > 1:
             lines.append(
-                f"merging {self.ranks} ranks: {_size(self.merged_bytes)} per rank in all-reduces, and "
-                f"{_size(self.broadcast_bytes)} of factors from the first rank"
+                f"merging {self.ranks} ranks: {size_text(self.merged_bytes)} per rank in all-reduces, and "
+                f"{size_text(self.broadcast_bytes)} of factors from the first rank"
             )
         return "\n".join(lines)
 
@@ -326,7 +333,7 @@ class _Trial:
             except (RuntimeError, NotImplementedError) as error:
                 raise ValueError(
                     f"{type(self._peft_model.base_model.model).__name__} cannot be planned: its work depends on the "
-                    f"values of its input ({str(error).splitlines()[0]})"
+                    f"values of its input ({one_line(error)})"
                 ) from error
         found["flops"], found["seconds"] = run.flops, run.seconds
         found.update({("peak", phase): peak for phase, peak in run.peaks.items()})
@@ -418,13 +425,7 @@ def check_versions() -> None:
 
 
 def _bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _size(count: float | None) -> str:
-    if count is None:
-        return "-"
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    return sum(tensor.numel() * tensor.elementsize_text() for tensor in tensors)
 
 
 def _flops(count: float) -> str:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+from loraga._messages import listed
 from loraga.capture.run import Estimation
 from loraga.config import InitConfig
 from loraga.report.report import INITIALISED, ORDINARY, TIED, InitReport, LayerReport, effective_rank
@@ -94,9 +95,3 @@ def warn_of_ordinary(reasons: Mapping[str, str], stacklevel: int) -> None:
 def skipped(seen: Estimation | InitReport) -> str:
     """How many micro-batches were left out, in words."""
     return f"{seen.skipped_batches} of {seen.micro_batches} micro-batches gave NaN or Inf and were left out"
-
-
-def listed(names: list[str], most: int = 10) -> str:
-    """The first `most` of them, and how many more."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from loraga._atomic_files import written_whole
+from loraga._atomic_files import atomic_file
+from loraga._messages import size_text
 from loraga._version import __version__
 from loraga.report.plot import draw, kind, shorten
 
@@ -143,7 +144,7 @@ class InitReport:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON. The file appears whole or not at all; missing folders are made."""
-        with written_whole(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -244,12 +245,12 @@ class InitReport:
         if shares:
             total += f"; captured energy mean {_percent(fmean(shares))}, lowest {_percent(min(shares))}"
         left_out = f" ({self.skipped_batches} with NaN or Inf left out)" if self.skipped_batches else ""
-        shared = f", {self.ranks} ranks with {_bytes(self.reduced_bytes)} reduced" if self.ranks > 1 else ""
+        shared = f", {self.ranks} ranks with {size_text(self.reduced_bytes)} reduced" if self.ranks > 1 else ""
         phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.seconds.items())
         options = (self.config.get(key) for key in ("method", "start", "direction", "scale", "estimator"))
         return [
             total,
-            f"{self.micro_batches} micro-batches{left_out}, state {_bytes(self.state_bytes)}{shared}, "
+            f"{self.micro_batches} micro-batches{left_out}, state {size_text(self.state_bytes)}{shared}, "
             f"seed {self.seed}, {', '.join(str(option) for option in options if option is not None)}",
             f"{phases}, total {sum(self.seconds.values()):.2f} s" if phases else "no timings",
         ]
@@ -271,7 +272,7 @@ class InitReport:
         title = f"{self.config.get('method', 'loraga')}: {done} from {self.micro_batches} micro-batches"
         figure = draw(self.layers, title)
         if path is not None:
-            with written_whole(path) as temporary:
+            with atomic_file(path) as temporary:
                 figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=150)
         return figure
 
@@ -286,14 +287,6 @@ def _percent(share: float | None) -> str:
 
 def _decimal(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def _bytes(count: int) -> str:
-    size, units = float(count), iter(("B", "KiB", "MiB", "GiB"))
-    unit = next(units)
-    while size >= 1024 and unit != "GiB":
-        size, unit = size / 1024, next(units)
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

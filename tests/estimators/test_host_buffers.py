@@ -10,7 +10,7 @@ from memory import Queue, Queues
 from torch import nn
 
 import loraga
-from loraga.capture.run import _Collector
+from loraga.capture.collector import Collector
 from loraga.estimators import Dense, LayerSpec, StagingRing, finish
 
 CPU = torch.device("cpu")
@@ -219,7 +219,7 @@ def test_estimation_through_a_ring(broken, monkeypatch):
         return collector._rings[device]
 
     plain = {} if broken else loraga.estimate_factors(model, map(torch.clone, loader()), names, 3, loss_fn=loss)
-    monkeypatch.setattr(_Collector, "_ring", ring)
+    monkeypatch.setattr(Collector, "_ring", ring)
     with queues:
         if broken:
             with pytest.raises(RuntimeError, match="disk"):

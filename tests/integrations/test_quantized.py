@@ -172,11 +172,11 @@ def test_factors_are_those_of_the_dequantized_model(kind, load, data):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_state_of_a_packed_layer_is_made_before_the_first_batch(kind, load, data):
     """Allocated between activations, it would keep their memory from being used again."""
-    from loraga.capture.run import _Collector
+    from loraga.capture.collector import Collector
 
     model = load(kind)
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
-    collector = _Collector({"up": 8}, loraga.InitConfig(), 1, False, 0, torch.device("cpu"))
+    collector = Collector({"up": 8}, loraga.InitConfig(), 1, False, 0, torch.device("cpu"))
     collector.prepare({"up": layer}, {})
     spec = collector.estimators["up"].spec
     assert (spec.m, spec.n) == (448, 320)

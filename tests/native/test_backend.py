@@ -9,8 +9,8 @@ import torch
 
 from loraga.ops import declared as _ops
 from loraga.ops import native
-from loraga.ops import reference as default
 from loraga.ops import native_core as _native
+from loraga.ops import reference as default
 
 needs_native = pytest.mark.skipif(not _native.available(), reason=f"no native core: {_native.why_unavailable()}")
 DEVICES = ["cpu"] + (["cuda"] if _native.available("cuda") else [])

@@ -13,10 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import loraga
 from loraga.capture.isolation import quiet
-from loraga.capture.run import make_estimator
 from loraga.capture.taps import Taps
 from loraga.cli.main import main
-from loraga.estimators import LayerSpec
+from loraga.estimators import LayerSpec, make_estimator
 from loraga.integrations.hf_models import NAMES, config_of, without_weights
 from loraga.integrations.peft.targets import find_target_names
 from loraga.plan import plan as planning

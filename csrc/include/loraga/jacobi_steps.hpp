@@ -13,6 +13,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "loraga/error.hpp"
 #include "loraga/jacobi.hpp"
 #include "loraga/portable.hpp"
 
@@ -85,6 +86,19 @@ LORAGA_HOST_DEVICE int descending_rank(const double* values, int k, int j) {
     int rank = 0;
     for (int i = 0; i < k; ++i) rank += values[i] > values[j] || (values[i] == values[j] && i < j);
     return rank;
+}
+
+// What both homes of the Jacobi SVD ask of their arguments.
+inline void check_jacobi_shape(std::int64_t batch, int k) {
+    LORAGA_REQUIRE(batch >= 0, "batch is " << batch);
+    LORAGA_REQUIRE(k >= 1 && k <= kJacobiMaxK, "k is " << k << ", allowed are 1 to " << kJacobiMaxK);
+}
+
+inline void check_jacobi_call(const JacobiOptions& options, std::size_t needed_bytes, Workspace workspace) {
+    LORAGA_REQUIRE(options.max_sweeps >= 1, "max_sweeps is " << options.max_sweeps);
+    LORAGA_REQUIRE(options.tolerance > 0.0, "tolerance is " << options.tolerance);
+    LORAGA_REQUIRE(workspace.bytes >= needed_bytes,
+                   "the workspace has " << workspace.bytes << " bytes, needed are " << needed_bytes);
 }
 
 }  // namespace loraga

@@ -5,7 +5,7 @@ Nothing outside `loraga.integrations` imports peft; other rooms import these nam
 
 from __future__ import annotations
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from loraga._rollback import snapshot
 from loraga.integrations.peft.export import export_adapter
@@ -16,6 +16,7 @@ from loraga.integrations.peft.writing import check_magnitudes, start_of, write_s
 
 __all__ = [
     "AdapterSlot",
+    "LoraConfig",
     "PeftModel",
     "adapters_disabled",
     "apply_to_peft",

@@ -16,13 +16,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loraga._atomic_files import files_whole
+from loraga._atomic_files import atomic_files
+from loraga._messages import listed
 from loraga.config import check_whole
 from loraga.distributed.sharding import is_sharded
 from loraga.integrations.peft.config import plain_start
 from loraga.integrations.peft.slots import AdapterSlot, check_is_lora, find_slots, name_in_patterns
 from loraga.integrations.peft.targets import INNER_PREFIX
-from loraga.report.build import listed
 
 # a relative error of a layer's update that a user should hear of
 _LARGE_ERROR = 0.1
@@ -259,7 +259,7 @@ def _write(
 ) -> None:
     """All files, or none."""
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
-    with files_whole(output_dir, last=CONFIG_NAME) as folder:
+    with atomic_files(output_dir, last=CONFIG_NAME) as folder:
         card = Path(output_dir, "README.md")  # one that is there is updated
         if card.is_file():
             shutil.copy(card, folder)

@@ -22,9 +22,9 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from loraga._atomic_files import written_whole
+from loraga._atomic_files import atomic_file
+from loraga._messages import one_line
 from loraga._version import release_of
 from loraga.capture.run import estimate_step
 from loraga.config import InitConfig, check_choice
@@ -32,6 +32,7 @@ from loraga.distributed.ranks import Ranks
 from loraga.distributed.sharding import check_injectable, check_layers, check_sharding
 from loraga.factors import Factors
 from loraga.integrations.accelerate import home_of, is_offloaded
+from loraga.integrations.hf_models import Conv1D
 from loraga.integrations.peft.slots import adapters_disabled, slot_of
 from loraga.integrations.peft.targets import find_targets
 from loraga.integrations.peft.writing import fill, start_of
@@ -345,7 +346,7 @@ def _attach(
 def _write(cache_file: str, found: Mapping[str, Factors | str]) -> None:
     """PEFT's keys; plain tensors and strings, so that it can be read without running anything."""
     content = {_key(name): vars(value) if isinstance(value, Factors) else value for name, value in found.items()}
-    with written_whole(cache_file) as temporary:
+    with atomic_file(cache_file) as temporary:
         torch.save(content, temporary)
 
 
@@ -362,7 +363,7 @@ def _read(cache_file: str, targets: list[_Target]) -> _Found:
     try:
         content = torch.load(cache_file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        refuse(f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
+        refuse(f"cannot be read ({type(error).__name__}: {one_line(error)})")
     if not isinstance(content, Mapping):
         refuse("holds no gradients by layer")
     found: _Found = {}

@@ -18,10 +18,11 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from loraga.capture.isolation import is_packed_for_inference
 from loraga.capture.weight_gradients import WholeWeight, weight_matrix
 from loraga.distributed.sharding import gathered, is_distributed
-from loraga.integrations.accelerate import is_offloaded, loaded, lost_to_offload, without_storage
+from loraga.integrations.accelerate import is_offloaded, loaded
+from loraga.integrations.bitsandbytes import is_packed_for_inference
+from loraga.integrations.peft.storage import lost_to_offload, without_storage
 from loraga.integrations.peft.targets import INNER_PREFIX, is_linear_like
 from loraga.report.report import TIED
 

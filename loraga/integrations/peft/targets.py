@@ -14,12 +14,12 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch._dynamo import OptimizedModule
-from transformers.pytorch_utils import Conv1D
 
 from loraga._rollback import snapshot
 from loraga.capture.weight_gradients import weight_matrix
-from loraga.integrations.accelerate import give_storage, lost_to_offload
+from loraga.integrations.hf_models import Conv1D
 from loraga.integrations.peft.config import ORDINARY_STARTS, plain_start
+from loraga.integrations.peft.storage import give_storage, lost_to_offload
 
 # module names inside a PeftModel start with this
 INNER_PREFIX = "base_model.model."

@@ -15,7 +15,7 @@ from loraga.capture.isolation import rng_untouched
 from loraga.config import InitConfig
 from loraga.distributed.sharding import filled, is_distributed, is_sharded
 from loraga.factors import Factors
-from loraga.integrations.accelerate import give_storage, home_of
+from loraga.integrations.accelerate import home_of
 from loraga.integrations.peft.config import plain_start
 from loraga.integrations.peft.slots import (
     AdapterSlot,
@@ -24,6 +24,7 @@ from loraga.integrations.peft.slots import (
     dequantized,
     find_slots,
 )
+from loraga.integrations.peft.storage import give_storage
 from loraga.linalg import seed_of, truncated_svd
 from loraga.start import starts
 from loraga.start.starts import Start

@@ -20,7 +20,7 @@ inline void check(cudaError_t status, const char* call, const char* file, int li
 
 // Makes a device current and puts the caller's back. Where it is current already nothing is set: since CUDA 12
 // cudaSetDevice makes a context, half a gigabyte, on a device that has none. The caller's may be such a device;
-// loraga/_native.py says why it is not.
+// loraga/ops/native_core.py says why it is not.
 class DeviceGuard {
   public:
     explicit DeviceGuard(int device);

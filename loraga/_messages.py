@@ -1,0 +1,31 @@
+"""How errors, sizes and lists of names read in loraga's messages and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message as one line, or its type where it has none.
+
+    Ours are whole sentences; other libraries put the essence first.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def size_text(count: float | None) -> str:
+    """A number of bytes, such as "915.0 MiB"; "-" for None."""
+    if count is None:
+        return "-"
+    size, units = float(count), iter(("B", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    while size >= 1024 and unit != "GiB":
+        size, unit = size / 1024, next(units)
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}" if unit == "GiB" else f"{size:.1f} {unit}"
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """The first `most` of them, and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
