@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import _bytes
 import _machine
 
-from loraga.capture.isolation import quiet
+from loraga.capture.isolation import isolated
 from loraga.capture.taps import Taps
 from loraga.estimators import Dense, Estimate, LayerSpec, Streaming, finish, streaming
 from loraga.factors import Factors
@@ -90,7 +90,7 @@ def record(model: nn.Module, batch: Callable[[int], dict], blocks: tuple[int, ..
         if isinstance(module, nn.Linear) and any(f".{i}." in name for i in blocks)
     }
     pairs: dict[str, Pairs] = {name: [] for name in targets}
-    with quiet(model), Taps(targets, lambda name, x, dy: pairs[name].append((x.clone(), dy.clone()))) as taps:
+    with isolated(model), Taps(targets, lambda name, x, dy: pairs[name].append((x.clone(), dy.clone()))) as taps:
         for i in range(max(BATCHES)):
             taps.backward(model(**batch(i)).loss)
     return pairs

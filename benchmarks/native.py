@@ -25,8 +25,7 @@ import _machine
 import torch
 from torch import Tensor
 
-from loraga.ops import native_core as _native
-from loraga.ops import reference as default
+from loraga.ops import native_core, reference
 
 SHIFT = 1e-15  # that of the orthonormalisation
 
@@ -67,10 +66,10 @@ def cases(
         return with_spectrum(batch, k, 6).float()
 
     found = [
-        ("cholesky_inverse", "loraga", grams, lambda a: _native.cholesky_inverse(a, SHIFT)[0], inverse_errors),
-        ("cholesky_inverse", "torch", grams, lambda a: default.cholesky_inverse(a, SHIFT), inverse_errors),
-        ("small_svd", "loraga", cores, _native.jacobi_svd, svd_errors),
-        ("small_svd", "torch float64", cores, default.small_svd, svd_errors),
+        ("cholesky_inverse", "loraga", grams, lambda a: native_core.cholesky_inverse(a, SHIFT)[0], inverse_errors),
+        ("cholesky_inverse", "torch", grams, lambda a: reference.cholesky_inverse(a, SHIFT), inverse_errors),
+        ("small_svd", "loraga", cores, native_core.jacobi_svd, svd_errors),
+        ("small_svd", "torch float64", cores, reference.small_svd, svd_errors),
     ]
     drivers = ("gesvd", "gesvdj", "gesvda") if device.type == "cuda" else (None,)
     for driver in drivers:
@@ -151,10 +150,10 @@ def main() -> None:
         print(table(json.loads(args.table.read_text())))
         return
     device = torch.device(args.device)
-    reason = _native.why_unavailable(device)
+    reason = native_core.why_unavailable(device)
     if reason is not None:
         parser.error(reason)
-    result: dict[str, Any] = {**_machine.describe(), "native": _native.build_info(), "rows": []}
+    result: dict[str, Any] = {**_machine.describe(), "native": native_core.build_info(), "rows": []}
     for row in measure(device, args.sizes, args.batches, args.repeats):
         result["rows"].append(row)
         if args.output:

@@ -29,7 +29,7 @@ import _machine
 
 from loraga.estimators import LayerSpec, Streaming, finish, sketch_width
 from loraga.linalg import truncated_svd
-from loraga.ops import declared as _ops
+from loraga.ops import declared
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -134,7 +134,7 @@ def test_accumulation(timed, model, m, n, rank, way):
     (x, dy), *_ = stream(m, n)
 
     def ours(g: Tensor) -> Tensor:
-        _ops.accumulate_(g, x, dy, 0.5)
+        declared.accumulate_(g, x, dy, 0.5)
         return g
 
     def torch_way(g: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def test_streaming_update(timed, model, m, n, rank, way):
 def test_orthonormalize(timed, model, m, n, rank, way):
     k = min(sketch_width(rank), m)
     y = normal(m, k) @ normal(k, k, seed=1)
-    run = _ops.orthonormalize if way == "loraga" else (lambda y: torch.linalg.qr(y).Q)
+    run = declared.orthonormalize if way == "loraga" else (lambda y: torch.linalg.qr(y).Q)
     eye = torch.eye(k, dtype=torch.float64, device=DEVICE)
     timed(
         run,
@@ -242,7 +242,7 @@ def test_small_svd(timed, rank, way):
     k = sketch_width(rank)
     cores = normal(32, k, k)
     truth = torch.linalg.svdvals(cores.double())
-    run = _ops.small_svd if way == "loraga" else torch.linalg.svd
+    run = declared.small_svd if way == "loraga" else torch.linalg.svd
     timed(
         run,
         lambda result: float((result[1].double() - truth).abs().max() / truth.max()),
@@ -273,7 +273,7 @@ def test_whole_layer(timed, model, m, n, rank, way):
         if way == "loraga":
             g = torch.zeros(m, n, device=DEVICE)
             for x, dy in pairs:
-                _ops.accumulate_(g, x, dy)
+                declared.accumulate_(g, x, dy)
             factors = truncated_svd(g, rank)
             return factors.U, factors.Vh
         g = pairs[0][1].mT @ pairs[0][0]

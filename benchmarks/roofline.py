@@ -28,7 +28,7 @@ from torch import Tensor
 
 from loraga.estimators import LayerSpec, Streaming
 from loraga.linalg import truncated_svd
-from loraga.ops import declared as _ops
+from loraga.ops import declared
 from loraga.ops import triton as dispatch
 
 WINS = Path(__file__).parents[1] / "loraga" / "kernels" / "wins.json"
@@ -84,7 +84,7 @@ def cases(sizes: list[tuple[int, int, int, int]], device: torch.device) -> Itera
                 "left_product",
                 shape,
                 dtype,
-                lambda x=x, dy=dy, v=v, q=q, zv=zv: _ops.left_product(x, dy, v, onto=(q, zv)),
+                lambda x=x, dy=dy, v=v, q=q, zv=zv: declared.left_product(x, dy, v, onto=(q, zv)),
                 (x, dy),
                 item * tokens * (m + n) + 4 * (n * (k + 8) + m * (2 * k + 8)),
                 2 * tokens * (k + 8) * (m + n) + 2 * m * k * k,
@@ -95,7 +95,7 @@ def cases(sizes: list[tuple[int, int, int, int]], device: torch.device) -> Itera
                 "right_product",
                 shape,
                 dtype,
-                lambda x=x, dy=dy, q=q, c=c, z=z: _ops.right_product(x, dy, q, onto=(c, z)),
+                lambda x=x, dy=dy, q=q, c=c, z=z: declared.right_product(x, dy, q, onto=(c, z)),
                 (x, dy),
                 item * tokens * (m + n) + 4 * (m * k + 2 * n * k),
                 2 * tokens * k * (m + n) + 2 * n * k * k,
@@ -105,7 +105,7 @@ def cases(sizes: list[tuple[int, int, int, int]], device: torch.device) -> Itera
             product = dy[:, sample].double().mT @ x.double()
 
             def accumulated(g: Tensor = g, x: Tensor = x, dy: Tensor = dy) -> Tensor:
-                _ops.accumulate_(g, x, dy)
+                declared.accumulate_(g, x, dy)
                 return g
 
             def accumulation_error(out: Tensor, truth: Tensor = product, run: Callable = accumulated) -> float:
@@ -131,7 +131,7 @@ def cases(sizes: list[tuple[int, int, int, int]], device: torch.device) -> Itera
                     "commit_",
                     shape,
                     dtype,
-                    lambda s=state, f=fresh: _ops.commit_(*s, *f),
+                    lambda s=state, f=fresh: declared.commit_(*s, *f),
                     (state[0], state[1]),
                     4 * (3 * m * k + 3 * k * n + 4 * m * 8),
                     0,
@@ -141,7 +141,7 @@ def cases(sizes: list[tuple[int, int, int, int]], device: torch.device) -> Itera
                     "orthonormalize",
                     {"m": m, "k": k},
                     dtype,
-                    lambda y=y: _ops.orthonormalize(y, refine=True),
+                    lambda y=y: declared.orthonormalize(y, refine=True),
                     (y,),
                     8 * m * k,
                     8 * m * k * k,
@@ -153,7 +153,7 @@ def cases(sizes: list[tuple[int, int, int, int]], device: torch.device) -> Itera
                     "test_matrix_",
                     {"n": n, "k": k},
                     dtype,
-                    lambda out=out: _ops.test_matrix_(out, 1),
+                    lambda out=out: declared.test_matrix_(out, 1),
                     (out,),
                     4 * n * k,
                     0,

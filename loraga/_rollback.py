@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 
-def snapshot(model: nn.Module) -> Callable[[], None]:
+def remember_model(model: nn.Module) -> Callable[[], None]:
     """Record the structure of `model`; the returned function puts it back, on the same module objects.
 
     Recorded are every module's class and attributes (with the contents of dicts, lists and sets they hold: children,
     parameters, buffers, hooks) and every parameter's `requires_grad`, for the top module also the values of its
-    `config`. Values of tensors are not: `tensors` does that.
+    `config`. Values of tensors are not: `remember_values` does that.
     """
     undo = [_remember_module(module) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -31,8 +31,8 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def structure(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """As `snapshot`, of single modules without their children's own attributes."""
+def remember_modules(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """As `remember_model`, of single modules without their children's own attributes."""
     undo = [_remember_module(module) for module in modules]
 
     def restore() -> None:
@@ -42,7 +42,7 @@ def structure(modules: Iterable[nn.Module]) -> Callable[[], None]:
     return restore
 
 
-def tensors(values: Iterable[torch.Tensor]) -> Callable[[], None]:
+def remember_values(values: Iterable[torch.Tensor]) -> Callable[[], None]:
     """Copy tensors to host memory; the returned function writes the copies back, bit for bit."""
     copies = [(value, value.detach().to("cpu", copy=True)) for value in values if not value.is_meta]
 

@@ -14,7 +14,7 @@ from loraga._messages import listed
 from loraga.capture.batches import LossFn
 from loraga.capture.isolation import rng_untouched
 from loraga.capture.run import estimate
-from loraga.capture.weight_gradients import WholeWeight
+from loraga.capture.weight_gradients import WeightGradient
 from loraga.config import InitConfig
 from loraga.distributed.ranks import Ranks
 from loraga.distributed.sharding import check_injectable, check_layers, check_sharding, resharded
@@ -95,7 +95,7 @@ def fast_init(
             check_sharding(model)
             if plain:
                 check_injectable(model)
-            restore = adapters.snapshot(model) if plain else None
+            restore = adapters.remember_model(model) if plain else None
             peft_model = _inject(model, lora_config, adapter_name, seed) if plain else model
             adapters.check_adapter(peft_model, adapter_name)
             with resharded(model):  # a layer whose weight a forward left gathered is a sharded one all the same
@@ -111,7 +111,7 @@ def fast_init(
             with adapters.adapters_disabled(peft_model):
                 estimation = estimate(
                     model,
-                    {slot.name: slot.base_layer for slot in slots if slot.whole is None},
+                    {slot.name: slot.base_layer for slot in slots if slot.weight_gradient is None},
                     {part.name: starts.triplets(init, part.rank, part.shape) for part in parts},
                     loader,
                     init,
@@ -120,7 +120,7 @@ def fast_init(
                     max_batches=max_batches,
                     seed=seed,
                     show_progress_bar=show_progress_bar,
-                    whole={slot.name: slot.whole for slot in slots if slot.whole is not None},
+                    whole={slot.name: slot.weight_gradient for slot in slots if slot.weight_gradient is not None},
                 )
             report = summary.report_of(parts, unsupported, estimation, init, seed)
             began = time.perf_counter()
@@ -198,7 +198,7 @@ def estimate_factors(
                 max_batches=max_batches,
                 seed=seed,
                 show_progress_bar=show_progress_bar,
-                whole={name: WholeWeight(module) for name, module in targets.items() if name not in linear},
+                whole={name: WeightGradient(module) for name, module in targets.items() if name not in linear},
             )
     unseen = {name: reason for name in targets if (reason := summary.why_unseen(name, estimation))}
     if unseen and ranks.first:

@@ -29,7 +29,7 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} must be finite and above 0.")
 
 
-def check_whole(name: str, value: object) -> None:
+def check_positive_int(name: str, value: object) -> None:
     """Raise unless `value` is a whole number above zero."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number above 0, not {value!r}.")
@@ -91,7 +91,7 @@ class InitConfig:
         check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("buffer_dtype", self.buffer_dtype, BUFFER_DTYPES)
         check_choice("buffer_device", self.buffer_device, BUFFER_DEVICES)
-        check_whole("staging_bytes", self.staging_bytes)
+        check_positive_int("staging_bytes", self.staging_bytes)
         if self.method == "lora-one":
             self._check_unused(("start", "direction", "scale"), "method='lora-one', which has its own")
         elif self.start == "zero-b":

@@ -531,7 +531,7 @@ def test_a_layer_computed_with_elsewhere_than_its_weight_lies():
     collector.make("up", 300, 220)
     pairs = [(torch.randn(40, 220), torch.randn(40, 300)) for _ in range(2)]
     for x, dy in pairs:
-        collector.sink("up", x, dy)
+        collector.on_pair("up", x, dy)
         collector.next_micro_batch()
     assert collector.estimators["up"].spec.device == cpu
     assert (collector.updates["up"], int(collector.skipped["up"])) == (2, 0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loraga.capture.taps import Taps
-from loraga.capture.weight_gradients import WholeWeight
+from loraga.capture.weight_gradients import WeightGradient
 from loraga.config import InitConfig
 from loraga.estimators import Dense, Estimator, LayerSpec, StagingRing, make_estimator
 from loraga.integrations.bitsandbytes import is_bitsandbytes
@@ -52,7 +52,7 @@ class Collector:
         self._weight = 1.0
         self._finite: list[dict[torch.device, Tensor]] = []
         self._rings: dict[torch.device, StagingRing] = {}
-        self._whole: Mapping[str, WholeWeight] = {}
+        self._formed: Mapping[str, WeightGradient] = {}
         self.staging_bytes = 0
 
     def __enter__(self) -> None:
@@ -68,7 +68,7 @@ class Collector:
         self._calls[name] += 1
         return None if key in self._summed else key
 
-    def sink(self, name: str, x: Tensor, dy: Tensor) -> None:
+    def on_pair(self, name: str, x: Tensor, dy: Tensor) -> None:
         key = self._next_call(name)
         if key is None:
             return
@@ -81,17 +81,17 @@ class Collector:
         unused = self.updates[name] == 0 and self._calls[name] == 1
         return unused and self.estimators[name].spec.device != device
 
-    def take(self, name: str, gradient: Tensor) -> None:
-        """A whole gradient, as `GradientSink` hands it over."""
-        whole = self._whole[name]
-        for part, matrix in zip(whole.parts(name), whole.matrices(gradient), strict=True):
+    def on_gradient(self, name: str, gradient: Tensor) -> None:
+        """A gradient that autograd formed, as `WeightGradientHooks` hands it over."""
+        weight = self._formed[name]
+        for part, matrix in zip(weight.parts(name), weight.matrices(gradient), strict=True):
             key = self._next_call(part)
             if key is not None:
                 estimator = self.estimators[part]
                 assert isinstance(estimator, Dense)  # `prepare` made it
                 self._flags[key] = estimator.add(matrix, self._weight)
 
-    def prepare(self, targets: Mapping[str, nn.Module], whole: Mapping[str, WholeWeight]) -> None:
+    def prepare(self, targets: Mapping[str, nn.Module], formed: Mapping[str, WeightGradient]) -> None:
         """Make the estimators of layers whose shape and device are known before the first batch.
 
         State that is allocated amid the activations of a backward pass keeps their freed memory from being reused in
@@ -106,16 +106,16 @@ class Collector:
                 self.make(name, weight.shape[0], weight.shape[1])
             elif isinstance(module, nn.Linear) and is_bitsandbytes(module):  # its weight may be packed
                 self.make(name, module.out_features, module.in_features)
-        self._whole = whole
-        for name, stored in whole.items():
+        self._formed = formed
+        for name, stored in formed.items():
             for part in stored.parts(name):
-                self.estimators[part] = self._estimator(part, *stored.shape, stored.value.device, whole=True)
+                self.estimators[part] = self._estimator(part, *stored.shape, stored.value.device, formed=True)
 
     def make(self, name: str, m: int, n: int) -> None:
         """The estimator of a layer none of whose gradients was seen yet, beside its weight."""
         self.estimators[name] = self._estimator(name, m, n, self._devices.get(name, self.device))
 
-    def _estimator(self, name: str, m: int, n: int, device: torch.device, whole: bool = False) -> Estimator:
+    def _estimator(self, name: str, m: int, n: int, device: torch.device, formed: bool = False) -> Estimator:
         rank = self.wanted[name]
         if rank > min(m, n):
             raise ValueError(
@@ -123,7 +123,7 @@ class Collector:
                 f"and rank={rank} were asked for; lower the rank or leave the layer out."
             )
         spec = LayerSpec(name, m, n, rank, seed_of(self._seed, name), device)
-        return make_estimator(spec, self._config, self._micro_batches, self._many, self._ring(device), whole)
+        return make_estimator(spec, self._config, self._micro_batches, self._many, self._ring(device), formed)
 
     def _ring(self, device: torch.device) -> StagingRing | None:
         """The ring through which dense buffers in host memory are summed, if they are wanted there."""

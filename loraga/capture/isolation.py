@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraga._rollback import tensors
+from loraga._rollback import remember_values
 from loraga.integrations.bitsandbytes import is_bitsandbytes
 
 
@@ -34,7 +34,7 @@ def rng_untouched() -> Iterator[None]:
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
+def isolated(model: nn.Module) -> Iterator[None]:
     """Freeze parameters and switch off what is random or keeps statistics, for the time of the context.
 
     All modules are put into eval mode (no dropout, BatchNorm statistics stand still) except where training mode is
@@ -74,13 +74,13 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
+def preserved_gradients(model: nn.Module) -> Iterator[None]:
     """Put `.grad`, `requires_grad` and buffers back on leaving, whatever code of the caller's does to them.
 
     Meanwhile no parameter has a gradient, so that clearing or clipping them touches none of the caller's.
     """
     with ExitStack() as undo:
-        undo.callback(tensors(model.buffers()))
+        undo.callback(remember_values(model.buffers()))
         for parameter in model.parameters():
             undo.callback(setattr, parameter, "grad", parameter.grad)
             undo.callback(parameter.requires_grad_, parameter.requires_grad)

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from loraga.capture.batches import LossFn, count_of, input_device, loss_of, moved
 from loraga.capture.collector import Collector
-from loraga.capture.isolation import kept, quiet
+from loraga.capture.isolation import isolated, preserved_gradients
 from loraga.capture.taps import Taps
-from loraga.capture.weight_gradients import GradientSink, WholeWeight, own_weights
+from loraga.capture.weight_gradients import WeightGradient, WeightGradientHooks, separate_parameters
 from loraga.config import InitConfig
 from loraga.distributed.ranks import Ranks
 from loraga.distributed.sharding import is_sharded, resharded
@@ -57,13 +57,13 @@ def estimate(
     max_batches: int | None,
     seed: int,
     show_progress_bar: bool,
-    whole: Mapping[str, WholeWeight] | None = None,
+    whole: Mapping[str, WeightGradient] | None = None,
 ) -> Estimation:
     """Factors of the mean gradient of every target, `wanted[name]` triplets each. `model` is left as it was.
 
     `targets` are linear layers, whose gradient is a product that a tap sees. Gradients of the weights in `whole` are
     formed by autograd and summed in dense buffers, also with `config.estimator="streaming"` (float32 then). A stack of
-    experts has estimates by the names of its `WholeWeight.parts`.
+    experts has estimates by the names of its `WeightGradient.parts`.
 
     Every one of `ranks` brings its own batches; the mean is over all of them, and the factors are the same bits on all.
 
@@ -85,10 +85,10 @@ def estimate(
     with (
         collector,
         resharded(model),
-        quiet(model),
-        own_weights(whole) as weights,
-        GradientSink(weights, collector.take),
-        Taps(targets, collector.sink, whole) as taps,
+        isolated(model),
+        separate_parameters(whole) as weights,
+        WeightGradientHooks(weights, collector.on_gradient),
+        Taps(targets, collector.on_pair, whole) as taps,
     ):
         collector.prepare(targets, whole)
         bar = tqdm(total=total, desc="loraga: gradients", unit="batch", disable=not show)
@@ -130,9 +130,9 @@ def estimate_step(
     started = time.perf_counter()
     with (
         collector,
-        kept(model),
-        quiet(model),
-        Taps(targets, collector.sink, on_backward=collector.next_micro_batch) as taps,
+        preserved_gradients(model),
+        isolated(model),
+        Taps(targets, collector.on_pair, on_backward=collector.next_micro_batch) as taps,
     ):
         collector.prepare(targets, {})
         step()

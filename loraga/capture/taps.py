@@ -1,8 +1,8 @@
 """The tap: what is seen of a layer in forward and backward, without touching its weight.
 
 A forward hook on each target replaces the output y by an identity op on it. The op keeps the layer's input x with
-`save_for_backward` (so that checkpointing drops and recomputes it like any saved tensor, and layers fed by one tensor
-share one storage) and, in backward, hands (x, dy) to a sink. The weight itself is never differentiated: linear,
+`save_for_backward`: checkpointing drops and recomputes it like any saved tensor, and layers fed by one tensor share one
+storage. In backward it hands (x, dy) to the function `on_pair`. The weight itself is never differentiated. So linear,
 quantized and sharded layers work alike, and autograd computes no weight gradient.
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraga.capture.weight_gradients import WholeWeight
+from loraga.capture.weight_gradients import WeightGradient
 from loraga.linalg.precision import own_precision
 
-Sink = Callable[[str, Tensor, Tensor], None]
+OnPair = Callable[[str, Tensor, Tensor], None]
 
 
 class _Tap(torch.autograd.Function):
@@ -41,7 +41,7 @@ class _Tap(torch.autograd.Function):
         with torch.no_grad(), own_precision(dy.device):
             # reentrant checkpointing runs backward inside backward: the outer one is what the caller asked for
             ctx.taps.enter_backward(ctx.within if ctx.within >= 0 else torch._C._current_graph_task_id())
-            ctx.taps.sink(ctx.name, *_matrices(x, dy))
+            ctx.taps.on_pair(ctx.name, *_matrices(x, dy))
         return dy, None, None, None, None
 
 
@@ -62,10 +62,11 @@ class Taps:
 
     Args:
         targets (mapping of `str` to `nn.Module`): the layers; each takes x (..., n) and returns y (..., m).
-        sink (callable): called as sink(name, x, dy) with x (T, n), dy (T, m) once per call of a layer, during backward.
-        watched (mapping of `str` to `WholeWeight`, *optional*): further layers, which get no tap: `backward` reaches
-            the parameter of each, so that a `GradientSink` sees its gradient.
-        on_backward (callable, *optional*): called before the first `sink` of every backward call.
+        on_pair (callable): called as on_pair(name, x, dy), with x (T, n) and dy (T, m), once for each call of a layer,
+            during backward.
+        watched (mapping of `str` to `WeightGradient`, *optional*): further layers, which get no tap: `backward` reaches
+            the parameter of each, so that a `WeightGradientHooks` sees its gradient.
+        on_backward (callable, *optional*): called before the first `on_pair` of every backward call.
 
     Attributes:
         called (`set` of `str`): layers whose forward ran with gradients enabled.
@@ -75,12 +76,12 @@ class Taps:
     def __init__(
         self,
         targets: Mapping[str, nn.Module],
-        sink: Sink,
-        watched: Mapping[str, WholeWeight] | None = None,
+        on_pair: OnPair,
+        watched: Mapping[str, WeightGradient] | None = None,
         on_backward: Callable[[], None] | None = None,
     ) -> None:
         self._targets = targets
-        self.sink = sink
+        self.on_pair = on_pair
         self._watched = watched or {}
         self._on_backward = on_backward
         self._backward_id = -1
@@ -94,8 +95,8 @@ class Taps:
         try:
             for name, module in self._targets.items():
                 self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
-            for name, whole in self._watched.items():
-                self._handles.append(whole.module.register_forward_hook(self._note(name, whole)))
+            for name, weight in self._watched.items():
+                self._handles.append(weight.module.register_forward_hook(self._note(name, weight)))
         except BaseException:
             self._remove()
             raise
@@ -110,7 +111,7 @@ class Taps:
 
     def backward(self, loss: Tensor) -> None:
         """Backward of `loss` as far as taps need it: no `.grad` of the model or of the caller's tensors is touched."""
-        inputs = [*self._roots.values(), *(whole.value for whole in self._watched.values())]
+        inputs = [*self._roots.values(), *(weight.value for weight in self._watched.values())]
         if self._reentrant or not inputs:  # reentrant checkpointing refuses named inputs
             loss.backward()
         else:
@@ -140,13 +141,13 @@ class Taps:
 
         return hook
 
-    def _note(self, name: str, whole: WholeWeight) -> Callable[..., None]:
+    def _note(self, name: str, weight: WeightGradient) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, y: Any) -> None:
             if not torch.is_grad_enabled():
                 self._reentrant = True
                 return
             self.called.add(name)
-            self.saw_float16 |= torch.float16 in (getattr(y, "dtype", None), whole.value.dtype)
+            self.saw_float16 |= torch.float16 in (getattr(y, "dtype", None), weight.value.dtype)
 
         return hook
 

@@ -32,7 +32,7 @@ def weight_matrix(module: nn.Module, parameter: str = "weight") -> nn.Parameter 
 
 
 @dataclass(frozen=True)
-class WholeWeight:
+class WeightGradient:
     """A parameter whose gradient autograd forms, and how it is read as matrices (m, n).
 
     Attributes:
@@ -72,25 +72,25 @@ class WholeWeight:
 
 
 @contextmanager
-def own_weights(weights: Mapping[str, WholeWeight]) -> Iterator[dict[str, nn.Parameter]]:
+def separate_parameters(weights: Mapping[str, WeightGradient]) -> Iterator[dict[str, nn.Parameter]]:
     """Give each module a parameter of its own on the storage of its weight; the old ones are back on leaving.
 
     A weight that other layers use too (an embedding tied to the output layer) would collect their gradients as well.
     """
     with ExitStack() as undo:
         own: dict[str, nn.Parameter] = {}
-        for name, whole in weights.items():
-            module = whole.module
-            weight = weight_matrix(module, whole.parameter)
+        for name, stored in weights.items():
+            module = stored.module
+            weight = weight_matrix(module, stored.parameter)
             if weight is None:
                 raise ValueError(f"Layer {name!r} ({type(module).__name__}) has no weight whose gradient can be taken.")
             own[name] = nn.Parameter(weight.detach(), requires_grad=False)
-            undo.callback(module._parameters.__setitem__, whole.parameter, weight)
-            module._parameters[whole.parameter] = own[name]
+            undo.callback(module._parameters.__setitem__, stored.parameter, weight)
+            module._parameters[stored.parameter] = own[name]
         yield own
 
 
-class GradientSink:
+class WeightGradientHooks:
     """Context manager: gradients of `parameters`, one at a time.
 
     Autograd writes a gradient, `receive` gets it, and `.grad` is None again before backward goes on, so that at most
@@ -109,7 +109,7 @@ class GradientSink:
         self._receive = receive
         self._undo = ExitStack()
 
-    def __enter__(self) -> GradientSink:
+    def __enter__(self) -> WeightGradientHooks:
         with ExitStack() as undo:
             for name, parameter in self._parameters.items():
                 undo.callback(setattr, parameter, "grad", parameter.grad)

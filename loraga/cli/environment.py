@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loraga.ops import native_core as _native
+from loraga.ops import native_core
 from loraga.report.report import versions
 
 
@@ -20,7 +20,7 @@ def environment() -> dict[str, Any]:
         `native` with `usable` and, where not, `reason`; `native` by device, with `build` beside it.
     """
     devices = _devices()
-    native = {name: _native.why_unavailable(name) for name in devices}
+    native = {name: native_core.why_unavailable(name) for name in devices}
     return {
         "versions": {"python": platform.python_version(), **versions()},
         "platform": platform.platform(),
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
         "triton": _state(_why_no_triton()),
         "native": {
             "devices": {name: _state(reason) for name, reason in native.items()},
-            "build": _native.build_info() if _native.available() else None,
+            "build": native_core.build_info() if native_core.available() else None,
         },
     }
 

@@ -20,14 +20,14 @@ def make_estimator(
     micro_batches: int | None,
     many: bool = False,
     ring: StagingRing | None = None,
-    whole: bool = False,
+    formed: bool = False,
 ) -> Estimator:
     """What follows the gradient of one layer, by what was asked for and what pays.
 
-    `many`: too many micro-batches may come for a bfloat16 buffer. `whole`: autograd forms the gradient, which a dense
+    `many`: too many micro-batches may come for a bfloat16 buffer. `formed`: autograd forms the gradient, which a dense
     buffer sums. `ring`: dense buffers that were asked for lie in host memory.
     """
-    if config.estimator == "streaming" and not whole:
+    if config.estimator == "streaming" and not formed:
         return Streaming(spec, micro_batches) if Streaming.pays(spec) else Dense(spec)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(config.buffer_dtype)
     if dtype is None:

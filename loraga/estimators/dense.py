@@ -11,7 +11,7 @@ from loraga.estimators.base import LayerSpec, stacked
 from loraga.estimators.host_buffers import StagingRing
 from loraga.factors import Factors
 from loraga.linalg import truncated_svd
-from loraga.ops import declared as _ops
+from loraga.ops import declared
 from loraga.ops.reference import all_finite
 
 # Numbers of a buffer that are widened at a time.
@@ -58,10 +58,10 @@ class Dense:
 
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         if self._ring is None:
-            return _ops.accumulate_(self._g, x, dy, scale)
+            return declared.accumulate_(self._g, x, dy, scale)
         finite = all_finite(x) & all_finite(dy)
         dy = torch.where(finite, dy, torch.nan)  # either every block of rows takes its part in or none does
-        self._ring.update(self._host, lambda g, rows: _ops.accumulate_(g, x, dy[:, rows], scale), keep=(x, dy))
+        self._ring.update(self._host, lambda g, rows: declared.accumulate_(g, x, dy[:, rows], scale), keep=(x, dy))
         return finite
 
     def add(self, gradient: Tensor, scale: float = 1.0) -> Tensor:
@@ -72,11 +72,11 @@ class Dense:
         if gradient.dtype == torch.float64:
             gradient = gradient.float()
         if self._ring is None:
-            return _ops.gradient_add_(self._g, gradient, scale)
+            return declared.gradient_add_(self._g, gradient, scale)
         finite = all_finite(gradient)
         self._ring.update(
             self._host,
-            lambda g, rows: _ops.gradient_add_(g, gradient[rows], scale, finite),
+            lambda g, rows: declared.gradient_add_(g, gradient[rows], scale, finite),
             keep=(gradient, finite),
             wait=True,
         )

@@ -23,7 +23,7 @@ from loraga.estimators.base import LayerSpec, stacked
 from loraga.factors import Factors
 from loraga.linalg import test_matrix
 from loraga.linalg.svd import factorize, in_sixteens
-from loraga.ops import declared as _ops
+from loraga.ops import declared
 
 # Random vectors that G is applied to beside V, to estimate the energy that the sketch does not hold; as many as matrix
 # units take at once.
@@ -49,7 +49,7 @@ def power_steps(micro_batches: int | None) -> int:
 
 def _basis(y: Tensor) -> Tensor:
     """Orthonormal to what an intermediate basis needs; `finish` makes the factors orthonormal to the last digit."""
-    return _ops.orthonormalize(y, refine=False)
+    return declared.orthonormalize(y, refine=False)
 
 
 class Streaming:
@@ -102,7 +102,7 @@ class Streaming:
         # NaN or Inf in x or dy makes `left` not finite and all that follows worthless: `commit_` drops it at the end
         if self._empty:  # nothing summed yet: start from the left, which costs half of a pass
             start = test_matrix(self.spec.m, self._k, self.spec.seed, self._q.device)
-            v = _basis(_ops.right_product(x, dy, start, rounded=True).mT)
+            v = _basis(declared.right_product(x, dy, start, rounded=True).mT)
         else:
             v = _basis(self._z.mT)
         left = self._left(x, dy, scale, v, torch.cat((v, self._probes), dim=1))
@@ -110,19 +110,19 @@ class Streaming:
         for _ in range(power_steps(self._micro_batches)):
             v = _basis(self._right(x, dy, scale, q, rounded=True).mT)
             q = _basis(self._left(x, dy, scale, v, v))
-        finite = _ops.commit_(self._q, self._z, self._probed, q, self._right(x, dy, scale, q, rounded=False), left)
+        finite = declared.commit_(self._q, self._z, self._probed, q, self._right(x, dy, scale, q, rounded=False), left)
         self._empty = False
         return finite
 
     def _left(self, x: Tensor, dy: Tensor, scale: float, v: Tensor, beside: Tensor) -> Tensor:
         """(G_t + Q Z) V; columns that `beside` has beyond those of V see G_t only."""
         onto = None if self._empty else (self._q, self._z @ v)
-        return _ops.left_product(x, dy, beside, scale, rounded=True, onto=onto)
+        return declared.left_product(x, dy, beside, scale, rounded=True, onto=onto)
 
     def _right(self, x: Tensor, dy: Tensor, scale: float, q: Tensor, rounded: bool) -> Tensor:
         """Qᵀ (G_t + Q_old Z_old), the projection of the sum on the range of `q`."""
         onto = None if self._empty else (q.mT @ self._q, self._z)
-        return _ops.right_product(x, dy, q, scale, rounded=rounded, onto=onto)
+        return declared.right_product(x, dy, q, scale, rounded=rounded, onto=onto)
 
     @staticmethod
     def merging(group: Sequence[Streaming], scale: float) -> Iterator[Tensor]:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from loraga.kernels import tuning
 from loraga.kernels.common import DTYPES, INTERPRETED, PRECISION, Build, arch_of, is_aligned, rounded, splits_for
-from loraga.ops import reference as default
+from loraga.ops import reference
 
-accumulate_reference = default.accumulate_
+accumulate_reference = reference.accumulate_
 
 _FLAGS = 1024  # at most so many programs look for NaN and Inf
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from loraga.kernels.accumulate import all_set
 from loraga.kernels.common import Build
-from loraga.ops import reference as default
+from loraga.ops import reference
 
-commit_reference = default.commit_
+commit_reference = reference.commit_
 
 _FLAGS = 1024
 _BLOCK = 1024

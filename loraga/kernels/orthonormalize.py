@@ -28,10 +28,9 @@ from torch import Tensor
 
 from loraga._version import release_of
 from loraga.kernels.common import Build, arch_of, splits_for
-from loraga.ops import declared as _ops
-from loraga.ops import reference as default
+from loraga.ops import declared, reference
 
-orthonormalize_reference = default.orthonormalize
+orthonormalize_reference = reference.orthonormalize
 
 _FLOAT64_DOT = release_of(triton.__version__) >= (3, 5)
 
@@ -78,7 +77,7 @@ def _scales(norms_ptr, parts, batch, columns, m, k, weight, jitter, PARTS: tl.co
     norm = tl.sqrt(tl.sum(squares, axis=0))
     factor = tl.where(norm > 0, 1.0 / tl.where(norm > 0, norm, 1.0), 0.0)
     weights = tl.where(norm > 0, weight * jitter, weight)
-    # in units of 2⁻³² turns; products with it wrap, which drops whole turns (`default.directions`)
+    # in units of 2⁻³² turns; products with it wrap, which drops whole turns (`reference.directions`)
     frequency = ((m - 1 - columns).to(tl.int64) * 1073741824 // m).to(tl.int32)
     return factor, weights, frequency
 
@@ -213,9 +212,9 @@ def orthonormalize(y: Tensor, refine: bool = True) -> Tensor:
         return out
     block = y[None] if y.dim() == 2 else y.flatten(0, -3)
     norms = _norms(block)
-    for index, shift in enumerate(default.shifts(m, k, refine)):
+    for index, shift in enumerate(reference.shifts(m, k, refine)):
         raw = index > 0
-        inverse = _ops.cholesky_inverse(_gram(block, norms, raw), shift)
+        inverse = declared.cholesky_inverse(_gram(block, norms, raw), shift)
         block = _product(block, norms, inverse, raw)
     return block.view(out.shape)
 
@@ -252,7 +251,7 @@ def _gram(y: Tensor, norms: Tensor, raw: bool) -> Tensor:
         partial,
         norms.shape[1],
         (2 / m) ** 0.5,
-        default.JITTER,
+        reference.JITTER,
         m,
         k,
         blocks,
@@ -282,7 +281,7 @@ def _product(y: Tensor, norms: Tensor, inverse: Tensor, raw: bool) -> Tensor:
         out,
         norms.shape[1],
         (2 / m) ** 0.5,
-        default.JITTER,
+        reference.JITTER,
         m,
         k,
         *y.stride(),

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from loraga.kernels.common import Build
-from loraga.ops import reference as default
+from loraga.ops import reference
 
-test_matrix_reference = default.test_matrix_
+test_matrix_reference = reference.test_matrix_
 test_matrix_reference.__test__ = False  # type: ignore[attr-defined]
 
 

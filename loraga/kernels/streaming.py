@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from loraga.kernels.thin import fold, project
-from loraga.ops import reference as default
+from loraga.ops import reference
 
-left_product_reference = default.left_product
-right_product_reference = default.right_product
+left_product_reference = reference.left_product
+right_product_reference = reference.right_product
 
 
 def _operand(thin: Tensor, dtype: torch.dtype) -> Tensor:

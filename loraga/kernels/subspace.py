@@ -17,9 +17,9 @@ from torch import Tensor
 from loraga.kernels.orthonormalize import orthonormalize
 from loraga.kernels.random import fill
 from loraga.kernels.thin import fold, project
-from loraga.ops import reference as default
+from loraga.ops import reference
 
-subspace_reference = default.subspace
+subspace_reference = reference.subspace
 
 
 def subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:

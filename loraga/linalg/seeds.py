@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from loraga.ops import declared as _ops
+from loraga.ops import declared
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -18,7 +18,7 @@ def seed_of(seed: int, name: str) -> int:
 
 def test_matrix(rows: int, cols: int, seed: int, device: torch.device | str) -> Tensor:
     """(rows, cols) float32 on `device`: see `loraga.ops.declared.test_matrix_`."""
-    return _ops.test_matrix_(torch.empty(rows, cols, dtype=torch.float32, device=device), seed)
+    return declared.test_matrix_(torch.empty(rows, cols, dtype=torch.float32, device=device), seed)
 
 
 test_matrix.__test__ = False  # type: ignore[attr-defined]  # pytest would take the name for a test

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loraga.factors import Factors
 from loraga.linalg.precision import own_precision
-from loraga.ops import declared as _ops
+from loraga.ops import declared
 
 
 def in_sixteens(columns: int) -> int:
@@ -33,14 +33,14 @@ def factorize(q: Tensor, z: Tensor, rank: int) -> tuple[Factors, Tensor]:
     q (..., m, k) float32 with any columns, z (..., k, n) float32, k <= min(m, n); the factors have the same leading
     dimensions. Works through orthonormal bases of both sides and one k x k core, so nothing m x n is formed.
     """
-    left = _ops.orthonormalize(q)
-    right = _ops.orthonormalize(z.mT)
+    left = declared.orthonormalize(q)
+    right = declared.orthonormalize(z.mT)
     return _triplets(left, (left.mT @ q) @ (z @ right), right, rank)
 
 
 def _triplets(left: Tensor, core: Tensor, right: Tensor, rank: int) -> tuple[Factors, Tensor]:
     """Those of left · core · rightᵀ, for orthonormal left (..., m, k) and right (..., n, k)."""
-    u, s, vh = _ops.small_svd(core)
+    u, s, vh = declared.small_svd(core)
     u, vh = fix_signs(left @ u[..., :rank], vh[..., :rank, :] @ right.mT)
     return Factors(u, s[..., :rank], vh), s
 
@@ -83,7 +83,7 @@ def truncated_svd(
         return Factors(f.U[0], f.S[0], f.Vh[0])
     k = min(in_sixteens(max(2 * rank, rank + oversampling)), m, n)
     with own_precision(g.device):
-        q, z = _ops.subspace(g, k, iterations if k < min(m, n) else min(iterations, 1), seed)
-        right = _ops.orthonormalize(z.mT)
+        q, z = declared.subspace(g, k, iterations if k < min(m, n) else min(iterations, 1), seed)
+        right = declared.orthonormalize(z.mT)
         factors, _ = _triplets(q, z @ right, right, rank)
     return factors

@@ -14,8 +14,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from loraga.ops import native_core as _native
-from loraga.ops import reference as default
+from loraga.ops import native_core, reference
 from loraga.ops.declared import implement
 
 # what csrc/ is made for: sketches are at most this wide up to adapter rank 32
@@ -25,7 +24,7 @@ _LARGEST_K = 256
 @functools.cache
 def _usable(device: torch.device) -> bool:
     """Whether the native core works on `device`; says once why not."""
-    reason = _native.why_unavailable(device)
+    reason = native_core.why_unavailable(device)
     if reason is not None:
         warnings.warn(f"{reason} Until then loraga takes slower torch operations on {device}.", stacklevel=2)
     return reason is None
@@ -41,27 +40,27 @@ def _batch(matrices: Tensor) -> Tensor:
 
 def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not _fits(core):
-        return default.small_svd(core)
-    u, s, vh, _ = _native.jacobi_svd(_batch(core))
+        return reference.small_svd(core)
+    u, s, vh, _ = native_core.jacobi_svd(_batch(core))
     return u.view(core.shape), s.view(core.shape[:-1]), vh.view(core.shape)
 
 
 def cholesky_inverse(gram: Tensor, shift: float) -> Tensor:
     if not _fits(gram):
-        return default.cholesky_inverse(gram, shift)
-    return _native.cholesky_inverse(_batch(gram), shift)[0].view(gram.shape)
+        return reference.cholesky_inverse(gram, shift)
+    return native_core.cholesky_inverse(_batch(gram), shift)[0].view(gram.shape)
 
 
 def gradient_add_(total: Tensor, gradient: Tensor, scale: float, finite: Tensor | None) -> Tensor:
-    if gradient.dim() > _native.GRADIENT_MAX_DIMS or not _usable(total.device):
-        return default.gradient_add_(total, gradient, scale, finite)
-    added = _native.gradient_add(total, gradient, scale, finite)
+    if gradient.dim() > native_core.GRADIENT_MAX_DIMS or not _usable(total.device):
+        return reference.gradient_add_(total, gradient, scale, finite)
+    added = native_core.gradient_add(total, gradient, scale, finite)
     return added if finite is None else added.clone()
 
 
-if _native.available("cpu"):  # a pure Python install does without
+if native_core.available("cpu"):  # a pure Python install does without
     implement("cholesky_inverse", "CPU")(cholesky_inverse)
-    implement("test_matrix_", "CPU")(_native.fill_uniform)
+    implement("test_matrix_", "CPU")(native_core.fill_uniform)
 if torch.version.hip is None:  # a ROCm device calls itself cuda, and there is nothing that a user could mend there
     for _op in (small_svd, cholesky_inverse, gradient_add_):
         implement(_op.__name__, "CUDA")(_op)

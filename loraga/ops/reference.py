@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraga.ops import declared as _ops
+from loraga.ops import declared
 from loraga.ops.declared import implement
 
 _KEY = "CompositeExplicitAutograd"
@@ -203,9 +203,9 @@ def orthonormalize(y: Tensor, refine: bool) -> Tensor:
     a = y.double().addcmul_(noise.double(), torch.where(known, JITTER * norm, 1.0))
     unit = torch.where(known, norm, 1.0).reciprocal_()
     first, *later = shifts(m, k, refine)
-    a = _times(a, _ops.cholesky_inverse(a.mT @ a * unit * unit.mT, first) * unit, by_columns)
+    a = _times(a, declared.cholesky_inverse(a.mT @ a * unit * unit.mT, first) * unit, by_columns)
     for shift in later:
-        a = _times(a, _ops.cholesky_inverse(a.mT @ a, shift), by_columns)
+        a = _times(a, declared.cholesky_inverse(a.mT @ a, shift), by_columns)
     return a.float().contiguous()
 
 
@@ -235,11 +235,11 @@ def _subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int], dtype: t
     b, _, n = g.shape
     v = torch.empty(b, n, k, dtype=torch.float32, device=g.device)
     for out, seed in zip(v, seeds, strict=True):
-        _ops.test_matrix_(out, seed)
+        declared.test_matrix_(out, seed)
     for _ in range(iterations):
-        q = _ops.orthonormalize(_batched_product(g, v.to(dtype)), refine=False)
-        v = _ops.orthonormalize(_batched_product(q.to(dtype).mT, g).mT, refine=False)
-    q = _ops.orthonormalize(_batched_product(g, v.to(dtype)))
+        q = declared.orthonormalize(_batched_product(g, v.to(dtype)), refine=False)
+        v = declared.orthonormalize(_batched_product(q.to(dtype).mT, g).mT, refine=False)
+    q = declared.orthonormalize(_batched_product(g, v.to(dtype)))
     if dtype == torch.float32:
         return q, _batched_product(q.mT, g)
     # Rounding Q to bfloat16 once would cost S three digits (measured: 3e-4 of the largest): what it leaves goes in as
@@ -283,7 +283,7 @@ def _svd_by_eigenvalues(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = rows.gather(-2, order[..., None].expand_as(rows))
     known = ((s >= 1e-5 * s[..., :1]) & (s > 0))[..., None]  # shorter rows are not orthogonal any more
     rows = torch.where(known, rows / s[..., None], 0.0)
-    return u, s, torch.where(known, rows, _ops.orthonormalize(rows.mT.float()).mT.double())
+    return u, s, torch.where(known, rows, declared.orthonormalize(rows.mT.float()).mT.double())
 
 
 @implement("cholesky_inverse", _KEY)

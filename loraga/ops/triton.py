@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from loraga.kernels import choice
-from loraga.ops import reference as default
+from loraga.ops import reference
 from loraga.ops.declared import implement
 
 # op: (file of loraga/kernels, launcher, how many of the first arguments are the large ones)
@@ -40,7 +40,7 @@ def launcher_for(op: str, large: tuple[torch.Tensor, ...], arch: int) -> Any:
     The width of the last operand is what the table of wins goes by: of x and dy, where they are summed onto a buffer.
     """
     if not choice.picks(op, arch, large[-1], choice.work(*large)) or not _works(large[-1].device):
-        return getattr(default, op)
+        return getattr(reference, op)
     family, launcher, _ = LAUNCHERS[op]
     return getattr(importlib.import_module(f"loraga.kernels.{family}"), launcher)
 

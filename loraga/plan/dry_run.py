@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from loraga.ops import reference as default
+from loraga.ops import reference
 
 aten = torch.ops.aten
 
@@ -146,7 +146,7 @@ class _Counting(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "loraga":
             with self:
-                return getattr(default, func._schema.name.split("::")[1])(*args, **kwargs)
+                return getattr(reference, func._schema.name.split("::")[1])(*args, **kwargs)
         if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True
         if func._overloadpacket not in _FORMULAS:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from loraga._messages import one_line, size_text
 from loraga._version import release_of
-from loraga.capture.isolation import quiet
+from loraga.capture.isolation import isolated
 from loraga.capture.taps import Taps
 from loraga.config import InitConfig
 from loraga.estimators import (
@@ -279,7 +279,7 @@ class _Trial:
         base = self._peft_model.base_model.model
         states = [self.estimator(slot).state_bytes for slot in slots.values()]
         taps = Taps({name: slot.base_layer for name, slot in slots.items()}, sink)
-        with adapters.adapters_disabled(self._peft_model), quiet(base), taps, run:
+        with adapters.adapters_disabled(self._peft_model), isolated(base), taps, run:
             run.live += sum(states)
             taps.backward(base(**self._batch).loss)
         return found

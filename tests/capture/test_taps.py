@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 from zoo import batches, build, exact_gradients
 
-from loraga.capture.isolation import quiet
+from loraga.capture.isolation import isolated
 from loraga.capture.taps import Taps
 
 
@@ -21,7 +21,7 @@ def seen_gradients(model, names, loss_of) -> dict[str, torch.Tensor]:
     def sink(name, x, dy):
         sums[name] = sums.get(name, 0) + dy.double().T @ x.double()
 
-    with quiet(model), Taps({name: modules[name] for name in names}, sink) as taps:
+    with isolated(model), Taps({name: modules[name] for name in names}, sink) as taps:
         taps.backward(loss_of(model))
     return sums
 
@@ -136,7 +136,7 @@ def test_dropout_stays_off_where_checkpointing_needs_training_mode():
     model.train()
     ids = torch.randint(3, 50, (2, 9))
     losses = []
-    with quiet(model):
+    with isolated(model):
         for seed in range(4):
             torch.manual_seed(seed)
             losses.append(float(model(input_ids=ids, labels=ids, use_cache=False).loss.detach()))
@@ -149,7 +149,7 @@ def test_layers_that_share_an_input_share_its_storage():
     names = [f"model.layers.0.self_attn.{p}_proj" for p in "qkv"]
     pointers = set()
     modules = dict(model.named_modules())
-    with quiet(model), Taps({n: modules[n] for n in names}, lambda n, x, dy: pointers.add(x.data_ptr())) as taps:
+    with isolated(model), Taps({n: modules[n] for n in names}, lambda n, x, dy: pointers.add(x.data_ptr())) as taps:
         taps.backward(model(**batch).loss)
     assert len(pointers) == 1
 
@@ -171,7 +171,7 @@ def test_no_weight_gradient_is_computed():
             return out
 
     modules = dict(model.named_modules())
-    with quiet(model), Taps({n: modules[n] for n in names}, lambda *_: None) as taps:
+    with isolated(model), Taps({n: modules[n] for n in names}, lambda *_: None) as taps:
         loss = model(**batch).loss
         with Watch():
             taps.backward(loss)
@@ -186,7 +186,7 @@ def test_autocast_gives_both_in_the_dtype_the_layer_multiplied_in():
         with torch.autocast("cpu", torch.bfloat16):
             return m(x).float().square().sum()
 
-    with quiet(model), Taps({"first": model.first}, lambda n, x, dy: dtypes.update({x.dtype, dy.dtype})) as taps:
+    with isolated(model), Taps({"first": model.first}, lambda n, x, dy: dtypes.update({x.dtype, dy.dtype})) as taps:
         taps.backward(run(model))
     assert dtypes == {torch.bfloat16}
 
@@ -205,7 +205,7 @@ def test_keyword_call_and_expanded_gradient():
 
 def test_a_layer_that_is_no_map_of_tensors_is_named():
     lstm = nn.LSTM(3, 4)
-    with pytest.raises(TypeError, match=r"'rnn' .LSTM."), quiet(lstm), Taps({"rnn": lstm}, lambda *_: None):
+    with pytest.raises(TypeError, match=r"'rnn' .LSTM."), isolated(lstm), Taps({"rnn": lstm}, lambda *_: None):
         lstm(torch.randn(2, 1, 3))
 
 
@@ -271,7 +271,7 @@ def test_torch_transformer_layers_keep_to_their_ordinary_path():
 def test_float64_models_are_seen_in_float32():
     model, x = Net().double(), torch.randn(4, 5, dtype=torch.float64)
     dtypes = set()
-    with quiet(model), Taps({"first": model.first}, lambda n, x, dy: dtypes.update({x.dtype, dy.dtype})) as taps:
+    with isolated(model), Taps({"first": model.first}, lambda n, x, dy: dtypes.update({x.dtype, dy.dtype})) as taps:
         taps.backward(loss_of(model, x))
     assert dtypes == {torch.float32}
 

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from zoo import captured, objective_excess
 
 import loraga
-from loraga.capture.isolation import quiet
+from loraga.capture.isolation import isolated
 from loraga.capture.run import estimate
 from loraga.capture.taps import Taps
-from loraga.capture.weight_gradients import GradientSink, WholeWeight, own_weights, weight_matrix
+from loraga.capture.weight_gradients import WeightGradient, WeightGradientHooks, separate_parameters, weight_matrix
 from loraga.config import InitConfig
 from loraga.distributed.ranks import Ranks
 from loraga.estimators import Dense, LayerSpec, StagingRing
@@ -259,7 +259,7 @@ def test_what_is_held_for_a_layer_that_is_not_linear(estimator, dtype):
         max_batches=None,
         seed=0,
         show_progress_bar=False,
-        whole={"conv1": WholeWeight(model.conv1)},
+        whole={"conv1": WeightGradient(model.conv1)},
     )
     per_number = 2 if (estimator, dtype) == ("dense", "auto") else 4
     assert seen.state_bytes == model.conv1.weight.numel() * per_number
@@ -276,7 +276,10 @@ def test_which_weights_are_matrices():
         nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 2)),
     ):
         assert weight_matrix(module) is None
-    with pytest.raises(ValueError, match=r"'norm' \(LayerNorm\)"), own_weights({"norm": WholeWeight(nn.LayerNorm(4))}):
+    with (
+        pytest.raises(ValueError, match=r"'norm' \(LayerNorm\)"),
+        separate_parameters({"norm": WeightGradient(nn.LayerNorm(4))}),
+    ):
         pass
 
 
@@ -292,7 +295,7 @@ def test_the_sink_puts_everything_back_and_frees_each_gradient():
         others = [p.grad is None for p in layers.parameters()]
         seen.append((name, all(others), gradient.requires_grad or torch.is_grad_enabled()))
 
-    with pytest.raises(RuntimeError, match="stop"), GradientSink(parameters, receive):
+    with pytest.raises(RuntimeError, match="stop"), WeightGradientHooks(parameters, receive):
         assert all(p.requires_grad and p.grad is None for p in parameters.values())
         assert not layers[2].weight.requires_grad
         for _ in range(2):
@@ -312,16 +315,16 @@ def test_at_most_one_whole_gradient_and_the_ring_are_alive(where):
     model = nn.Sequential(*(nn.Conv2d(width, width, 3, padding=1) for _ in range(layers)))
     one = model[0].weight.numel() * 4
     ring = StagingRing(torch.device("cpu"), one // 3, Queues()) if where == "host" else None
-    whole = {str(i): WholeWeight(layer) for i, layer in enumerate(model)}
+    whole = {str(i): WeightGradient(layer) for i, layer in enumerate(model)}
     specs = {name: LayerSpec(name, width, width * 9, RANK, 0, torch.device("cpu")) for name in whole}
     sums = {name: Dense(spec, torch.float32, ring) for name, spec in specs.items()}
     x = torch.randn(1, width, 3, 3)
     exact = torch.autograd.grad(model(x).square().sum(), [layer.weight for layer in model])
 
     with (
-        quiet(model),
-        own_weights(whole) as weights,
-        GradientSink(weights, lambda name, gradient: sums[name].add(gradient)),
+        isolated(model),
+        separate_parameters(whole) as weights,
+        WeightGradientHooks(weights, lambda name, gradient: sums[name].add(gradient)),
         Taps({}, lambda *_: None, whole) as taps,
         LiveBytes() as live,
     ):

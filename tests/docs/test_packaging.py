@@ -17,22 +17,24 @@ import torch
 
 import loraga
 from loraga._version import __version__
-from loraga.ops import native_core as _native
+from loraga.ops import native_core
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".hpp", ".cu", ".cuh"})
 
-needs_native = pytest.mark.skipif(not _native.available(), reason=f"no native core: {_native.why_unavailable()}")
+needs_native = pytest.mark.skipif(
+    not native_core.available(), reason=f"no native core: {native_core.why_unavailable()}"
+)
 
 
 @pytest.fixture
 def fresh_loader():
     """The loader asks anew, now and after the test."""
-    _native._load.cache_clear()
-    _native._device_problem.cache_clear()
+    native_core._load.cache_clear()
+    native_core._device_problem.cache_clear()
     yield
-    _native._load.cache_clear()
-    _native._device_problem.cache_clear()
+    native_core._load.cache_clear()
+    native_core._device_problem.cache_clear()
 
 
 def test_one_version_everywhere():
@@ -40,7 +42,7 @@ def test_one_version_everywhere():
 
 
 def test_typed_and_with_its_command():
-    assert (Path(_native.__file__).parent / "py.typed").exists()
+    assert (Path(native_core.__file__).parent / "py.typed").exists()
     (entry,) = [e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "loraga"]
     assert entry.value == "loraga.cli:main"
 
@@ -67,7 +69,7 @@ def test_no_fast_math():
 
 @needs_native
 def test_build_info_says_what_was_built():
-    info = _native.build_info()
+    info = native_core.build_info()
     assert info["version"] == __version__
     assert re.match(r"(GNU|Clang|AppleClang) \d+", info["cxx_compiler"])
     assert info["functions"] == "cholesky_inverse fill_uniform gradient_add jacobi_svd"
@@ -81,7 +83,7 @@ def test_build_info_says_what_was_built():
 @needs_native
 @pytest.mark.skipif(not sys.platform.startswith("linux") or shutil.which("nm") is None, reason="reads ELF with nm")
 def test_only_the_module_entry_is_exported_and_no_cuda_library_is_needed():
-    module = _native._core().__file__
+    module = native_core._core().__file__
     symbols = subprocess.run(["nm", "-D", "--defined-only", module], capture_output=True, text=True, check=True).stdout
     assert [line.split()[-1] for line in symbols.splitlines()] == ["PyInit__C"]
     needed = subprocess.run(["readelf", "-d", module], capture_output=True, text=True, check=True).stdout
@@ -90,34 +92,34 @@ def test_only_the_module_entry_is_exported_and_no_cuda_library_is_needed():
 
 def test_without_the_module_import_works_and_the_first_use_says_why(monkeypatch, fresh_loader):
     monkeypatch.setitem(sys.modules, "loraga._C", None)
-    assert not _native.available()
-    assert re.search(r"could not be loaded: .*_C.*pip install", _native.why_unavailable())
-    for use in (_native.build_info, lambda: _native.jacobi_svd(torch.ones(1, 2, 2))):
+    assert not native_core.available()
+    assert re.search(r"could not be loaded: .*_C.*pip install", native_core.why_unavailable())
+    for use in (native_core.build_info, lambda: native_core.jacobi_svd(torch.ones(1, 2, 2))):
         with pytest.raises(RuntimeError, match="could not be loaded"):
             use()
 
 
 def test_a_module_of_another_version_is_refused(monkeypatch, fresh_loader):
     stale = SimpleNamespace(build_info=lambda: {"version": "0.0.1"})
-    monkeypatch.setattr(_native, "import_module", lambda name: stale)
-    assert re.search(rf"built for version 0\.0\.1, but this is {re.escape(__version__)}", _native.why_unavailable())
+    monkeypatch.setattr(native_core, "import_module", lambda name: stale)
+    assert re.search(rf"built for version 0\.0\.1, but this is {re.escape(__version__)}", native_core.why_unavailable())
 
 
 @needs_native
 def test_unusable_devices_are_explained(monkeypatch, fresh_loader):
-    assert _native.why_unavailable("meta") == "loraga's native core runs on cpu and cuda devices, not on meta."
+    assert native_core.why_unavailable("meta") == "loraga's native core runs on cpu and cuda devices, not on meta."
     if not torch.cuda.is_available():
-        assert _native.why_unavailable("cuda") == "torch sees no CUDA device."
-        if _native.build_info()["cuda"]:  # the module asks the driver itself, and says which call failed
-            assert re.search(r"cannot use cuda:0: cuda\w+\(.*\) failed: cuda", _native._device_problem(0))
+        assert native_core.why_unavailable("cuda") == "torch sees no CUDA device."
+        if native_core.build_info()["cuda"]:  # the module asks the driver itself, and says which call failed
+            assert re.search(r"cannot use cuda:0: cuda\w+\(.*\) failed: cuda", native_core._device_problem(0))
 
 
 @needs_native
 def test_a_host_only_build_says_so_for_cuda(monkeypatch, fresh_loader):
     host_only = SimpleNamespace(build_info=lambda: {"version": __version__, "cuda": False})
-    monkeypatch.setattr(_native, "import_module", lambda name: host_only)
+    monkeypatch.setattr(native_core, "import_module", lambda name: host_only)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "built without CUDA" in _native.why_unavailable("cuda:0")
+    assert "built without CUDA" in native_core.why_unavailable("cuda:0")
 
 
 def _can_build() -> str | None:
@@ -165,9 +167,9 @@ def test_the_wheel_works_where_there_is_no_compiler_and_no_source(tmp_path):
     for name in ("test_jacobi.py", "test_cholesky.py", "test_gradient.py", "test_backend.py"):
         shutil.copy(ROOT / "tests" / "native" / name, tests)
     (tests / "test_where.py").write_text(
-        "import loraga\nfrom loraga import _native\n"
+        "import loraga\nfrom loraga import native_core\n"
         f"def test_where():\n    assert loraga.__file__.startswith({str(site)!r})\n"
-        "    assert not _native.build_info()['cuda'] and 'csrc' not in _native._core().__file__\n"
+        "    assert not native_core.build_info()['cuda'] and 'csrc' not in native_core._core().__file__\n"
     )
     command = [sys.executable, "-m", "pytest", "-v", "-c", os.devnull, "-p", "no:cacheprovider", str(tests)]
     few = "test_where or batches or wrong_arguments or any_strides or status or zero_singular or native_answers"

@@ -13,7 +13,7 @@ from loraga.estimators import LayerSpec, Streaming, finish
 from loraga.factors import Factors
 from loraga.kernels import accumulate, choice, commit, random, streaming, subspace, thin, tuning
 from loraga.kernels.dev import search
-from loraga.ops import reference as default
+from loraga.ops import reference
 from loraga.ops import triton as dispatch
 
 pytestmark = needs_device
@@ -97,7 +97,7 @@ def test_more_columns_than_one_block_holds():
 
 def random_matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
     out = torch.empty(rows, columns, device=DEVICE)
-    default.test_matrix_(out, seed)
+    reference.test_matrix_(out, seed)
     return out
 
 
@@ -129,7 +129,7 @@ def test_left_and_right_product(shape, dtype):
     v, q, zv = operand(n, k, seed=2), operand(m, k, seed=3), operand(k, max(1, k - 2), seed=4)
     z = operand(k, n, seed=5)
     for scale, onto in ((1.0, (None, None)), (0.5, (q, zv))):
-        eager = default.left_product(x, dy, v, scale, False, *onto)
+        eager = reference.left_product(x, dy, v, scale, False, *onto)
         p = x.double() @ v.to(dtype).double()  # v in the dtype of x is part of the op
         truth = thin.fold_reference(dy, p, scale, onto if onto[0] is not None else None)
         result = streaming.left_product(x, dy, v, scale, False, *onto)
@@ -137,7 +137,7 @@ def test_left_and_right_product(shape, dtype):
         assert_as_good(result, truth, eager)
     c = operand(k, k, seed=6)
     for scale, onto in ((1.0, (None, None)), (0.5, (c, z))):
-        eager = default.right_product(x, dy, q, scale, False, *onto)
+        eager = reference.right_product(x, dy, q, scale, False, *onto)
         r = dy.double() @ q.to(dtype).double()
         truth = scale * (r.mT @ x.double()) + (c.double() @ z.double() if onto[0] is not None else 0.0)
         assert_as_good(streaming.right_product(x, dy, q, scale, False, *onto), truth, eager)
@@ -151,7 +151,7 @@ def test_accumulate(shape, dtype, buffer):
     x, dy, g = operand(tokens, n, dtype=dtype), operand(tokens, m, dtype=dtype, seed=1), operand(m, n, dtype=buffer)
     truth = g.double() + 0.125 * (dy.double().mT @ x.double())
     eager = g.clone()
-    default.accumulate_(eager, x, dy, 0.125)
+    reference.accumulate_(eager, x, dy, 0.125)
     for make in (lambda t: t.clone(), lambda t: t.t().contiguous().t()):
         result = make(g)
         assert accumulate.accumulate(result, make(x), make(dy), 0.125)
@@ -201,7 +201,7 @@ def test_commit(order, probes, poison):
     elif poison == "z":
         new_z[k - 1, n - 1] = -torch.inf
     expected = [t.clone() for t in state]
-    finite = default.commit_(*expected, new_q, new_z, left)
+    finite = reference.commit_(*expected, new_q, new_z, left)
     assert bool(commit.commit(*state, new_q, new_z, left)) == bool(finite) == (poison is None)
     for got, wanted in zip(state, expected, strict=True):
         assert torch.equal(got, wanted)
@@ -282,8 +282,8 @@ class TestSubspace:
         exact = torch.linalg.svdvals(g.double())[:, :8].square().sum(-1)
         captured = torch.linalg.svdvals(z.double())[:, :8].square().sum(-1)
         assert ((exact - captured).abs() <= 1e-4 * exact).all()
-        reference, _ = default.subspace(g, k, 4, [3, 4])
-        projector, wanted = q.double() @ q.double().mT, reference.double() @ reference.double().mT
+        basis, _ = reference.subspace(g, k, 4, [3, 4])
+        projector, wanted = q.double() @ q.double().mT, basis.double() @ basis.double().mT
         assert ((projector - wanted) @ g.double()).norm() <= 2e-2 * g.double().norm()
 
     def test_zero_rank_deficient_and_empty(self):
@@ -300,7 +300,7 @@ class TestSubspace:
 
 def test_a_stream_through_the_kernels_gives_the_factors_of_torch(monkeypatch):
     """Every op of a streaming estimator, from first update to factors, replaced by its kernel launcher."""
-    monkeypatch.setattr(default, "has_bfloat16_units", lambda device: False)  # no operand is rounded on either side
+    monkeypatch.setattr(reference, "has_bfloat16_units", lambda device: False)  # no operand is rounded on either side
     spec = LayerSpec("layer", 240, 208, 8, 7, torch.device(DEVICE))
     pairs = [(operand(300, 208, seed=2 * i), operand(300, 240, seed=2 * i + 1)) for i in range(3)]
     pairs[1][0][5, 5] = torch.nan  # is left out
@@ -332,7 +332,7 @@ def test_without_a_measured_win_torch_does_the_work(monkeypatch):
     monkeypatch.delenv("LORAGA_TRITON", raising=False)
     monkeypatch.setattr(choice, "wins", dict)
     for op in dispatch.LAUNCHERS:
-        assert dispatch.launcher_for(op, (torch.empty(1),), 90) is getattr(default, op)
+        assert dispatch.launcher_for(op, (torch.empty(1),), 90) is getattr(reference, op)
     monkeypatch.setenv("LORAGA_TRITON", "1")
     for op, (family, launcher, _) in dispatch.LAUNCHERS.items():
         module = importlib.import_module(f"loraga.kernels.{family}")

@@ -7,13 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraga.ops import native_core as _native
-from loraga.ops import reference as default
+from loraga.ops import native_core, reference
 
-if not _native.available():
-    pytest.skip(f"needs the native core: {_native.why_unavailable()}", allow_module_level=True)
+if not native_core.available():
+    pytest.skip(f"needs the native core: {native_core.why_unavailable()}", allow_module_level=True)
 
-DEVICES = ["cpu"] + (["cuda"] if _native.available("cuda") else [])
+DEVICES = ["cpu"] + (["cuda"] if native_core.available("cuda") else [])
 EPSILON = torch.finfo(torch.float64).eps
 
 
@@ -51,16 +50,16 @@ def check(matrices: torch.Tensor, inverse: torch.Tensor, status: torch.Tensor, s
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e8, 1e12])
 def test_against_the_definition(k, condition, device):
     matrices = torch.stack([gram(k, condition), gram(k, condition, clusters=2), gram(k, condition, seed=1)]).to(device)
-    check(matrices, *_native.cholesky_inverse(matrices))
+    check(matrices, *native_core.cholesky_inverse(matrices))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
 def test_scale_goes_through(scale, device):
     plain = gram(33)[None].to(device)
-    inverse, status = _native.cholesky_inverse(plain * scale)
+    inverse, status = native_core.cholesky_inverse(plain * scale)
     assert status.tolist() == [0]
-    assert torch.allclose(inverse * scale**0.5, _native.cholesky_inverse(plain)[0], rtol=1e-12)
+    assert torch.allclose(inverse * scale**0.5, native_core.cholesky_inverse(plain)[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -72,23 +71,23 @@ def test_as_close_as_lapack(k, device):
     lower[(torch.arange(k)[:, None] - torch.arange(k)) > 3] = 0  # a band, or the inverse would grow beyond use
     lower += 4 * torch.eye(k, dtype=torch.float64)
     matrices = (lower @ lower.T)[None].to(device)  # exact
-    inverse, status = _native.cholesky_inverse(matrices)
+    inverse, status = native_core.cholesky_inverse(matrices)
     identity = torch.eye(k, dtype=torch.float64)
     assert status.tolist() == [0]
     ours = (inverse[0].cpu() @ lower - identity).abs().max()
-    reference = (default.cholesky_inverse(matrices, 0.0)[0].cpu() @ lower - identity).abs().max()
-    assert ours <= 4 * reference + k * EPSILON
+    theirs = (reference.cholesky_inverse(matrices, 0.0)[0].cpu() @ lower - identity).abs().max()
+    assert ours <= 4 * theirs + k * EPSILON
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("batch", [0, 1, 300])
 def test_batches_equal_single_calls(batch, device):
     matrices = torch.stack([gram(6, seed=i) for i in range(batch)] or [gram(6)])[:batch].to(device)
-    inverse, status = _native.cholesky_inverse(matrices)
+    inverse, status = native_core.cholesky_inverse(matrices)
     assert inverse.shape == (batch, 6, 6) and status.shape == (batch,) and status.dtype == torch.int32
     if batch:
         check(matrices, inverse, status)
-        alone, _ = _native.cholesky_inverse(matrices[-1:].clone())
+        alone, _ = native_core.cholesky_inverse(matrices[-1:].clone())
         assert torch.equal(alone, inverse[-1:])
 
 
@@ -101,7 +100,7 @@ def test_status_is_the_order_of_the_first_bad_minor_and_the_inverse_is_nan(devic
     infinite[6, 2] = torch.inf
     nan[3, 1] = torch.nan
     matrices = torch.stack([good, zero, rank_one, negative, infinite, nan, good]).to(device)
-    inverse, status = _native.cholesky_inverse(matrices)
+    inverse, status = native_core.cholesky_inverse(matrices)
     assert status.tolist() == [0, 1, 2, 5, 7, 4, 0]
     bad = (status != 0).cpu()
     assert inverse[bad].isnan().all() and inverse[~bad].isfinite().all()
@@ -112,7 +111,7 @@ def test_status_is_the_order_of_the_first_bad_minor_and_the_inverse_is_nan(devic
 def test_a_shift_makes_a_singular_matrix_usable(device):
     for k in (5, 80):
         matrices = torch.ones(1, k, k, dtype=torch.float64, device=device)
-        inverse, status = _native.cholesky_inverse(matrices, 1e-10)
+        inverse, status = native_core.cholesky_inverse(matrices, 1e-10)
         check(matrices, inverse, status, shift=1e-10)
 
 
@@ -120,7 +119,7 @@ def test_a_shift_makes_a_singular_matrix_usable(device):
 def test_only_the_lower_triangle_is_read(device):
     matrices = gram(20)[None].to(device)
     spoilt = matrices.tril() + torch.full_like(matrices, torch.nan).triu(1)
-    assert torch.equal(_native.cholesky_inverse(spoilt)[0], _native.cholesky_inverse(matrices)[0])
+    assert torch.equal(native_core.cholesky_inverse(spoilt)[0], native_core.cholesky_inverse(matrices)[0])
 
 
 @settings(max_examples=60, deadline=None)
@@ -136,17 +135,19 @@ def test_only_the_lower_triangle_is_read(device):
 def test_any_positive_definite_matrix(k, batch, decades, exponent, clusters, shift, seed):
     scale = 10.0**exponent
     matrices = torch.stack([gram(k, 10.0**decades, scale, seed + i, clusters) for i in range(batch)])
-    inverse, status = _native.cholesky_inverse(matrices, shift)
+    inverse, status = native_core.cholesky_inverse(matrices, shift)
     check(matrices, inverse, status, shift)
-    reference = default.cholesky_inverse(matrices, shift)
-    drift = (inverse - reference).norm(dim=(-2, -1)) / reference.norm(dim=(-2, -1))
+    expected = reference.cholesky_inverse(matrices, shift)
+    drift = (inverse - expected).norm(dim=(-2, -1)) / expected.norm(dim=(-2, -1))
     assert (drift <= 8 * k * EPSILON * 10.0**decades + 1e-14).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_same_bits_again(device):
     matrices = torch.stack([gram(50, 1e6, seed=i) for i in range(4)]).to(device)
-    assert torch.equal(_native.cholesky_inverse(matrices, 1e-15)[0], _native.cholesky_inverse(matrices, 1e-15)[0])
+    assert torch.equal(
+        native_core.cholesky_inverse(matrices, 1e-15)[0], native_core.cholesky_inverse(matrices, 1e-15)[0]
+    )
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU: the kernel runs on emulated threads in test_cpp.py")
@@ -155,13 +156,13 @@ def test_runs_on_the_current_stream_without_waiting():
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        _native.cholesky_inverse(matrices * 4)  # what is loaded and allocated once may wait for the device
+        native_core.cholesky_inverse(matrices * 4)  # what is loaded and allocated once may wait for the device
         torch.cuda._sleep(200_000_000)
         quadruple = matrices * 4  # ready only after the sleep
-        inverse, _ = _native.cholesky_inverse(quadruple)
+        inverse, _ = native_core.cholesky_inverse(quadruple)
         assert not stream.query()
     stream.synchronize()
-    assert torch.allclose(inverse * 2, _native.cholesky_inverse(matrices)[0], rtol=1e-12)
+    assert torch.allclose(inverse * 2, native_core.cholesky_inverse(matrices)[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -181,4 +182,4 @@ def test_runs_on_the_current_stream_without_waiting():
 )
 def test_wrong_arguments(matrices, shift, error, says):
     with pytest.raises(error, match=says):
-        _native.cholesky_inverse(matrices, shift)
+        native_core.cholesky_inverse(matrices, shift)

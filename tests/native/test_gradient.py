@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraga.ops import native_core as _native
+from loraga.ops import native_core
 
-if not _native.available():
-    pytest.skip(f"needs the native core: {_native.why_unavailable()}", allow_module_level=True)
+if not native_core.available():
+    pytest.skip(f"needs the native core: {native_core.why_unavailable()}", allow_module_level=True)
 
-DEVICES = ["cpu"] + (["cuda"] if _native.available("cuda") else [])
+DEVICES = ["cpu"] + (["cuda"] if native_core.available("cuda") else [])
 SUMS = [torch.float32, torch.bfloat16]
 GRADIENTS = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = {
@@ -42,7 +42,7 @@ def test_rounded_to_nearest_once(layout, gradients, sums, device):
     gradient = LAYOUTS[layout]().to(device, gradients)
     total = torch.randn(gradient.numel(), device=device).to(sums)
     before = total.clone()
-    added = _native.gradient_add(total, gradient, 0.75)
+    added = native_core.gradient_add(total, gradient, 0.75)
     assert added.dtype == torch.bool and added.dim() == 0 and bool(added)
     expected = exact(before, gradient.reshape(-1), 0.75)
     assert torch.equal(total, expected.float().to(sums))
@@ -56,13 +56,13 @@ def test_nothing_is_added_where_the_gradient_is_not_finite(gradients, bad, devic
     gradient[69, 49] = bad
     total = torch.randn(70, 50, device=device)
     before = total.clone()
-    assert not bool(_native.gradient_add(total, gradient))
+    assert not bool(native_core.gradient_add(total, gradient))
     assert torch.equal(total, before)
     # the caller has looked at the whole gradient: this part is to be left out though it is finite itself
     no, yes = (torch.tensor(value, device=device) for value in (False, True))
-    assert _native.gradient_add(total[:9], gradient[:9], 1.0, no) is no
+    assert native_core.gradient_add(total[:9], gradient[:9], 1.0, no) is no
     assert torch.equal(total, before)
-    assert _native.gradient_add(total[:9], gradient[:9], 1.0, yes) is yes
+    assert native_core.gradient_add(total[:9], gradient[:9], 1.0, yes) is yes
     assert torch.equal(total[:9], before[:9] + gradient[:9].float()) and torch.equal(total[9:], before[9:])
 
 
@@ -70,7 +70,7 @@ def test_nothing_is_added_where_the_gradient_is_not_finite(gradients, bad, devic
 def test_extremes_of_half_precision(device):
     gradient = torch.tensor([6.0e-8, -5.9e-8, 65504.0, -65504.0, 0.0, -0.0], device=device, dtype=torch.float16)
     total = torch.zeros(6, device=device)
-    _native.gradient_add(total, gradient, 2.0)
+    native_core.gradient_add(total, gradient, 2.0)
     assert torch.equal(total, 2.0 * gradient.float())
 
 
@@ -92,7 +92,7 @@ def test_any_strides(shape, order, step, types, exponent, seed):
     assert list(gradient.shape) == shape
     total = torch.randn(gradient.numel(), generator=g).to(types[0])
     expected = exact(total, gradient.reshape(-1), 2.0**exponent).float().to(types[0])
-    assert bool(_native.gradient_add(total, gradient, 2.0**exponent))
+    assert bool(native_core.gradient_add(total, gradient, 2.0**exponent))
     assert torch.equal(total, expected)
 
 
@@ -112,4 +112,4 @@ def test_any_strides(shape, order, step, types, exponent, seed):
 )
 def test_wrong_arguments(total, gradient, finite, error, says):
     with pytest.raises(error, match=says):
-        _native.gradient_add(total, gradient, 1.0, finite)
+        native_core.gradient_add(total, gradient, 1.0, finite)

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraga.ops import native_core as _native
+from loraga.ops import native_core
 
-if not _native.available():
-    pytest.skip(f"needs the native core: {_native.why_unavailable()}", allow_module_level=True)
+if not native_core.available():
+    pytest.skip(f"needs the native core: {native_core.why_unavailable()}", allow_module_level=True)
 
-DEVICES = ["cpu"] + (["cuda"] if _native.available("cuda") else [])
+DEVICES = ["cpu"] + (["cuda"] if native_core.available("cuda") else [])
 SIZES = [1, 2, 3, 17, 32, 80, 129]
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
@@ -76,32 +76,32 @@ def check(core: torch.Tensor, u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor
 @pytest.mark.parametrize("kind", CORES)
 def test_against_float64_lapack(kind, k, device):
     core = CORES[kind](k).float()[None].contiguous().to(device)
-    check(core, *_native.jacobi_svd(core))
+    check(core, *native_core.jacobi_svd(core))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_largest_size(device):
     core = torch.stack([CORES["random"](256), CORES["graded"](256)]).float().to(device)
-    check(core, *_native.jacobi_svd(core))
+    check(core, *native_core.jacobi_svd(core))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("batch", [0, 1, 300])
 def test_batches_equal_single_calls(batch, device):
     core = torch.randn(batch, 6, 6, device=device)
-    u, s, vh, status = _native.jacobi_svd(core)
+    u, s, vh, status = native_core.jacobi_svd(core)
     assert (u.shape, s.shape, vh.shape, status.shape) == ((batch, 6, 6), (batch, 6), (batch, 6, 6), (batch,))
     assert status.dtype == torch.int32
     if batch:
         check(core, u, s, vh, status)
-        alone = _native.jacobi_svd(core[-1:].clone())
+        alone = native_core.jacobi_svd(core[-1:].clone())
         assert all(torch.equal(one, many[-1:]) for one, many in zip(alone, (u, s, vh, status), strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_zero_singular_values_are_zero_and_their_vectors_complete_the_basis(device):
     core = CORES["half rank"](40).float()[None].to(device)
-    u, s, vh, status = _native.jacobi_svd(core)
+    u, s, vh, status = native_core.jacobi_svd(core)
     rank = int(torch.linalg.matrix_rank(core[0].double()))
     assert rank == 20
     assert (s[0, rank:] == 0).all()
@@ -123,16 +123,16 @@ def test_any_spectrum(k, batch, rank, exponent, decades, repeats, seed):
     falling = 10.0 ** -(decades * torch.rand(batch, k, dtype=torch.float64))
     spectrum = falling[:, torch.arange(k) // repeats] * (torch.arange(k) < rank) * 10.0**exponent
     core = torch.stack([_with_spectrum(one) for one in spectrum]).float()
-    check(core, *_native.jacobi_svd(core))
+    check(core, *native_core.jacobi_svd(core))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_core_that_is_not_finite_is_told_and_harms_no_other(bad, device):
     core = torch.randn(3, 9, 9, device=device)
-    alone = _native.jacobi_svd(core[2:].clone())
+    alone = native_core.jacobi_svd(core[2:].clone())
     core[1, 8, 4] = bad
-    u, s, vh, status = _native.jacobi_svd(core)
+    u, s, vh, status = native_core.jacobi_svd(core)
     assert status.tolist() == [0, 2, 0]
     assert u[1].isnan().all() and s[1].isnan().all() and vh[1].isnan().all()
     assert torch.equal(u[2:], alone[0]) and torch.equal(s[2:], alone[1]) and torch.equal(vh[2:], alone[2])
@@ -141,14 +141,14 @@ def test_a_core_that_is_not_finite_is_told_and_harms_no_other(bad, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_largest_numbers_of_float32(device):
     core = torch.diag(torch.tensor([LARGEST_FLOAT32, -LARGEST_FLOAT32, 1.0])).to(device)[None]
-    _, s, _, status = _native.jacobi_svd(core)
+    _, s, _, status = native_core.jacobi_svd(core)
     assert status.item() == 0
     assert s[0].tolist() == [LARGEST_FLOAT32, LARGEST_FLOAT32, 0.0]  # 1 is noise beside 3e38
 
 
 def _raw_call(core: torch.Tensor, workspace: torch.Tensor, **options: float) -> int:
     """One core through the module itself, with options that the Python face does not offer. Returns the status."""
-    native = _native._core()
+    native = native_core._core()
     k = core.shape[1]
     u, s, vh = torch.empty(k, k), torch.empty(k), torch.empty(k, k)
     status = torch.full((1,), -1, dtype=torch.int32)
@@ -165,7 +165,7 @@ def _raw_call(core: torch.Tensor, workspace: torch.Tensor, **options: float) -> 
 
 
 def _workspace(k: int) -> torch.Tensor:
-    return torch.empty(_native._core().cpu.jacobi_svd_workspace(1, k), dtype=torch.uint8)
+    return torch.empty(native_core._core().cpu.jacobi_svd_workspace(1, k), dtype=torch.uint8)
 
 
 def test_too_few_sweeps_are_told():
@@ -186,15 +186,15 @@ def test_the_core_names_what_is_wrong_with_a_call():
     with pytest.raises(ValueError, match="max_sweeps is 0"):
         _raw_call(core, _workspace(4), max_sweeps=0)
     with pytest.raises(ValueError, match="k is 257, allowed are 1 to 256"):
-        _native._core().cpu.jacobi_svd_workspace(1, 257)
+        native_core._core().cpu.jacobi_svd_workspace(1, 257)
     with pytest.raises(ValueError, match="batch is -1"):
-        _native._core().cpu.jacobi_svd_workspace(-1, 4)
+        native_core._core().cpu.jacobi_svd_workspace(-1, 4)
 
 
 def _digest(device: str) -> str:
     generator = torch.Generator().manual_seed(7)
     core = torch.randn(5, 50, 50, generator=generator).to(device)
-    parts = _native.jacobi_svd(core)
+    parts = native_core.jacobi_svd(core)
     return hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in parts)).hexdigest()
 
 
@@ -213,10 +213,10 @@ def test_runs_on_the_current_stream_without_waiting():
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        _native.jacobi_svd(core * 2)  # what is loaded and allocated once may wait for the device
+        native_core.jacobi_svd(core * 2)  # what is loaded and allocated once may wait for the device
         torch.cuda._sleep(200_000_000)
         scaled = core * 2  # ready only after the sleep
-        _, s, _, _ = _native.jacobi_svd(scaled)
+        _, s, _, _ = native_core.jacobi_svd(scaled)
         assert not stream.query()
     stream.synchronize()
     assert torch.allclose(s.double(), 2 * torch.linalg.svdvals(core.double()), rtol=1e-5)
@@ -237,4 +237,4 @@ def test_runs_on_the_current_stream_without_waiting():
 )
 def test_wrong_arguments(core, error, says):
     with pytest.raises(error, match=says):
-        _native.jacobi_svd(core)
+        native_core.jacobi_svd(core)

@@ -12,7 +12,7 @@ import zoo
 from torch.utils.flop_counter import FlopCounterMode
 
 import loraga
-from loraga.capture.isolation import quiet
+from loraga.capture.isolation import isolated
 from loraga.capture.taps import Taps
 from loraga.cli.main import main
 from loraga.estimators import LayerSpec, make_estimator
@@ -90,7 +90,7 @@ def test_model_flops_are_those_torch_counts_on_the_real_model():
     model = hf.LlamaForCausalLM(config)
     targets = find_target_names(model)
     ids = torch.randint(0, 512, (2, 48))
-    with quiet(model), Taps(targets, lambda *_: None) as taps, FlopCounterMode(display=False) as counter:
+    with isolated(model), Taps(targets, lambda *_: None) as taps, FlopCounterMode(display=False) as counter:
         taps.backward(model(input_ids=ids, labels=ids).loss)
     assert planned(config).model_flops == pytest.approx(counter.get_total_flops(), rel=0.01)
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loraga.ops import reference as default
+from loraga.ops import reference
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -23,7 +23,7 @@ def _run(mode: TorchDispatchMode, func: Any, args: tuple, kwargs: dict) -> Any:
     """Our own ops by the steps of their reference, so that their temporaries are seen too."""
     if func.namespace == "loraga":
         with mode:
-            return getattr(default, func._schema.name.split("::")[1])(*args, **kwargs)
+            return getattr(reference, func._schema.name.split("::")[1])(*args, **kwargs)
     return func(*args, **kwargs)
 
 

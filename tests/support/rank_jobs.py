@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import loraga
 from loraga import InitConfig, distributed
-from loraga.ops import reference as default
+from loraga.ops import reference
 
 RANK = 2 * zoo.R  # of factors that are asked for; a start takes R
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -490,7 +490,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "loraga":
             with self:
-                return getattr(default, function._schema.name.split("::")[1])(*args, **(kwargs or {}))
+                return getattr(reference, function._schema.name.split("::")[1])(*args, **(kwargs or {}))
         if any(hasattr(leaf, "device_mesh") for leaf in tree_leaves((args, kwargs))):
             return NotImplemented  # DTensor first: then its parts come here
         result = function(*args, **(kwargs or {}))

@@ -1,13 +1,13 @@
-"""The room that knows PEFT: find targets, inject an adapter, write its start, read and write its files.
+"""The home of PEFT: find targets, inject an adapter, write its start, read and write its files.
 
-Nothing outside `loraga.integrations` imports peft; other rooms import these names.
+Nothing else in loraga imports peft; the others import these names.
 """
 
 from __future__ import annotations
 
 from peft import LoraConfig, PeftModel
 
-from loraga._rollback import snapshot
+from loraga._rollback import remember_model
 from loraga.integrations.peft.export import export_adapter
 from loraga.integrations.peft.plugin import apply_to_peft, restore_peft
 from loraga.integrations.peft.slots import AdapterSlot, adapters_disabled, base_weight, check_adapter, find_slots
@@ -29,8 +29,8 @@ __all__ = [
     "inject",
     "inner_model",
     "is_linear_like",
+    "remember_model",
     "restore_peft",
-    "snapshot",
     "start_of",
     "write_start",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from loraga._atomic_files import atomic_files
 from loraga._messages import listed
-from loraga.config import check_whole
+from loraga.config import check_positive_int
 from loraga.distributed.sharding import is_sharded
 from loraga.integrations.peft.config import plain_start
 from loraga.integrations.peft.slots import AdapterSlot, check_is_lora, find_slots, name_in_patterns
@@ -71,7 +71,7 @@ def export_adapter(
     """
     for name, given in (("rank", rank), ("budget", budget)):
         if given is not None:
-            check_whole(name, given)
+            check_positive_int(name, given)
     if rank is not None and budget is not None:
         raise ValueError(f"rank={rank} and budget={budget} exclude each other; give one of them.")
     if is_sharded(peft_model):

@@ -18,7 +18,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from loraga.capture.weight_gradients import WholeWeight, weight_matrix
+from loraga.capture.weight_gradients import WeightGradient, weight_matrix
 from loraga.distributed.sharding import gathered, is_distributed
 from loraga.integrations.accelerate import is_offloaded, loaded
 from loraga.integrations.bitsandbytes import is_packed_for_inference
@@ -54,7 +54,7 @@ class AdapterSlot:
             B, (m, rank experts), the expert is the faster index of the columns. `start_of` and reports know each expert
             by itself, see `parts`.
         part (`int`): which expert this is, in one of the `parts`.
-        whole (`WholeWeight`, *optional*): the target's weight, where autograd has to form its gradient.
+        weight_gradient (`WeightGradient`, *optional*): the target's weight, where autograd has to form its gradient.
         path (`str`): module name of `layer` in the base model.
     """
 
@@ -71,7 +71,7 @@ class AdapterSlot:
     key: str = "weight"
     experts: int = 1
     part: int = 0
-    whole: WholeWeight | None = None
+    weight_gradient: WeightGradient | None = None
     path: str = ""
 
     @property
@@ -87,7 +87,7 @@ class AdapterSlot:
     @property
     def weight(self) -> torch.Tensor:
         """The target's weight as it is stored."""
-        return self.base_layer.weight if self.whole is None else self.whole.value
+        return self.base_layer.weight if self.weight_gradient is None else self.weight_gradient.value
 
     @property
     def if_zero(self) -> str:
@@ -96,9 +96,11 @@ class AdapterSlot:
 
     def parts(self) -> list[AdapterSlot]:
         """One for each matrix in the target."""
-        if self.whole is None or self.experts == 1:
+        if self.weight_gradient is None or self.experts == 1:
             return [self]
-        return [replace(self, name=name, part=index) for index, name in enumerate(self.whole.parts(self.name))]
+        return [
+            replace(self, name=name, part=index) for index, name in enumerate(self.weight_gradient.parts(self.name))
+        ]
 
     def matrices(self, A: torch.Tensor, B: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """A and B as PEFT holds them, of any rank, as views (rank, n) and (m, rank) for each of the `parts`."""
@@ -292,17 +294,19 @@ def slot_of(name: str, layer: LoraLayer, adapter_name: str) -> AdapterSlot:
     lora_A, lora_B, key = _holders(layer, adapter_name)
     A, B = lora_A.get_parameter(key), lora_B.get_parameter(key)
     base, wrapper = layer.get_base_layer(), _is_wrapper(layer)
-    whole = None
+    weight_gradient = None
     if wrapper or not is_linear_like(base):
         stacked = wrapper and layer.get_param().dim() == 3
         transposed = (isinstance(base, nn.Embedding) and not wrapper) or (stacked and not _swapped(layer))
-        whole = WholeWeight(base, _parameter_name(layer), stacked, transposed)
+        weight_gradient = WeightGradient(base, _parameter_name(layer), stacked, transposed)
     experts = layer.num_experts if wrapper else 1
     return AdapterSlot(
         name=name_in_patterns(name, layer),
         layer=layer,
         base_layer=base,
-        transposed=bool(getattr(layer, "fan_in_fan_out", False)) if whole is None else whole.transposed,
+        transposed=bool(getattr(layer, "fan_in_fan_out", False))
+        if weight_gradient is None
+        else weight_gradient.transposed,
         lora_A=lora_A,
         lora_B=lora_B,
         rank=A.shape[0] // experts,
@@ -311,7 +315,7 @@ def slot_of(name: str, layer: LoraLayer, adapter_name: str) -> AdapterSlot:
         shape=(B.shape[0], math.prod(A.shape[1:])),
         key=key,
         experts=experts,
-        whole=whole,
+        weight_gradient=weight_gradient,
         path=name,
     )
 
@@ -343,8 +347,8 @@ def base_weight(slot: AdapterSlot) -> torch.Tensor:
     Raises:
         ValueError: its storage format is not known to PEFT.
     """
-    if slot.whole is not None:
-        return slot.whole.matrices(slot.weight.detach())[slot.part].flatten(1)
+    if slot.weight_gradient is not None:
+        return slot.weight_gradient.matrices(slot.weight.detach())[slot.part].flatten(1)
     with loaded(slot.base_layer):
         weight = dequantized(slot.base_layer)
     expected = slot.shape[::-1] if slot.transposed else slot.shape

@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from loraga._rollback import snapshot
+from loraga._rollback import remember_model
 from loraga.capture.weight_gradients import weight_matrix
 from loraga.integrations.hf_models import Conv1D
 from loraga.integrations.peft.config import ORDINARY_STARTS, plain_start
@@ -115,7 +115,7 @@ def inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) 
         raise ValueError(_nothing_found(model, config, config.target_modules))
     if config.layer_replication is None:  # else PEFT itself looks, once it has added the layers
         config = resolved
-    restore = snapshot(model)
+    restore = remember_model(model)
     try:
         with warnings.catch_warnings():
             # PEFT sets it right itself, for every Conv1D

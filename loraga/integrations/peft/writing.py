@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from loraga._rollback import structure, tensors
+from loraga._rollback import remember_modules, remember_values
 from loraga.capture.isolation import rng_untouched
 from loraga.config import InitConfig
 from loraga.distributed.sharding import filled, is_distributed, is_sharded
@@ -154,7 +154,7 @@ def _remember(slots: list[AdapterSlot], adapter_name: str) -> tuple[Callable[[],
     magnitudes = [m for slot in slots if (m := _magnitude(slot, adapter_name)) is not None]
     values = [parameter for module in (*holders, *magnitudes) for parameter in module.parameters()]
     # values last: by then the parameters are where they were
-    return structure(modules), tensors(values)
+    return remember_modules(modules), remember_values(values)
 
 
 def _check_starts(slots: list[AdapterSlot], starts: Mapping[str, Start]) -> None:

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from zoo import STARTS, assert_plain, assert_same, everything_about
 
 import loraga
-from loraga.capture.weight_gradients import WholeWeight
+from loraga.capture.weight_gradients import WeightGradient
 from loraga.config import InitConfig
 from loraga.estimators import Dense, LayerSpec
 from loraga.integrations import peft as adapters
@@ -431,7 +431,7 @@ def test_fused_experts_of_a_transformers_model(start, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- piece by piece
 def test_summing_a_stack_of_transposed_experts_needs_no_copy_of_it():
-    whole = WholeWeight(Experts(8, 256, 512, transposed=True), "weight", stacked=True, transposed=True)
+    whole = WeightGradient(Experts(8, 256, 512, transposed=True), "weight", stacked=True, transposed=True)
     gradient = torch.randn_like(whole.value)
     specs = [LayerSpec(name, *whole.shape, R, 0, torch.device("cpu")) for name in whole.parts("experts")]
     sums = [Dense(spec) for spec in specs]

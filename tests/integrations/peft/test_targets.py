@@ -243,7 +243,7 @@ def test_snapshot_restores_a_plain_model(kind):
     before, attributes = fingerprint(model), sorted(model.__dict__)
     settings = copy.deepcopy(getattr(model, "config", None))
     modes = [m.training for m in model.modules()]
-    restore = integration.snapshot(model)
+    restore = integration.remember_model(model)
     peft_model = started(model, "mirror", modules_to_save=["head"] if kind == "mlp" else None)
     peft_model.eval()
     handle_since = model.register_forward_pre_hook(lambda *args: None)
