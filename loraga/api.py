@@ -13,9 +13,9 @@ from torch import nn
 from loraga._messages import listed
 from loraga.capture.batches import LossFn
 from loraga.capture.isolation import rng_untouched
-from loraga.capture.run import estimate
+from loraga.capture.run import Batches, Request, estimate
 from loraga.capture.weight_gradients import WeightGradient
-from loraga.config import InitConfig
+from loraga.config import EstimatorName, InitConfig
 from loraga.distributed.ranks import Ranks
 from loraga.distributed.sharding import check_injectable, check_layers, check_sharding, resharded
 from loraga.factors import Factors
@@ -97,43 +97,37 @@ def fast_init(
                 check_injectable(model)
             restore = adapters.remember_model(model) if plain else None
             peft_model = _inject(model, lora_config, adapter_name, seed) if plain else model
-            adapters.check_adapter(peft_model, adapter_name)
             with resharded(model):  # a layer whose weight a forward left gathered is a sharded one all the same
-                slots, unsupported = adapters.find_slots(peft_model, adapter_name)
-            if not slots:
+                adapter = adapters.Adapter.of(peft_model, adapter_name)
+            if not adapter.slots:
                 raise ValueError(
                     f"Adapter {adapter_name!r} has no layer to initialise; its layers are: "
-                    + "; ".join(f"{name} ({reason})" for name, reason in unsupported.items())
+                    + "; ".join(f"{name} ({reason})" for name, reason in adapter.others.items())
                 )
-            parts = [part for slot in slots for part in slot.parts()]
-            check_layers(model, {slot.name: slot.base_layer for slot in slots})
-            adapters.check_magnitudes(peft_model, adapter_name, slots)
+            check_layers(model, {slot.name: slot.base_layer for slot in adapter.slots})
+            adapters.check_magnitudes(adapter)
+            request = Request(
+                wanted={part.name: starts.triplets(init, part.rank, part.shape) for part in adapter.parts},
+                targets={slot.name: slot.base_layer for slot in adapter.slots if slot.weight_gradient is None},
+                weights={slot.name: slot.weight_gradient for slot in adapter.slots if slot.weight_gradient is not None},
+                init=init,
+                seed=seed,
+            )
+            batches = Batches(loader, loss_fn, max_batches, show_progress_bar)
             with adapters.adapters_disabled(peft_model):
-                estimation = estimate(
-                    model,
-                    {slot.name: slot.base_layer for slot in slots if slot.weight_gradient is None},
-                    {part.name: starts.triplets(init, part.rank, part.shape) for part in parts},
-                    loader,
-                    init,
-                    ranks,
-                    loss_fn=loss_fn,
-                    max_batches=max_batches,
-                    seed=seed,
-                    show_progress_bar=show_progress_bar,
-                    whole={slot.name: slot.weight_gradient for slot in slots if slot.weight_gradient is not None},
-                )
-            report = summary.report_of(parts, unsupported, estimation, init, seed)
+                estimation = estimate(model, request, batches, ranks)
+            report = summary.report_of(adapter.parts, adapter.others, estimation, init, seed)
             began = time.perf_counter()
             written = {
                 layer.name: adapters.start_of(part, estimation.estimates[layer.name].factors, init, seed)
-                for part, layer in zip(parts, report.layers, strict=False)
+                for part, layer in zip(adapter.parts, report.layers, strict=False)
                 if layer.status == INITIALISED
             }
             if not written:
                 raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")
             if ranks.first:
                 summary.warn_about(report, stacklevel=3)  # before anything is written: a warning may be made an error
-            adapters.write_start(peft_model, adapter_name, written, seed=seed, confirm=ranks.meet)
+            adapters.write_start(adapter, written, seed=seed, confirm=ranks.meet)
             report.seconds["adapter"] = time.perf_counter() - began
     except BaseException:
         if restore is not None:
@@ -149,7 +143,7 @@ def estimate_factors(
     target_modules: str | Iterable[str] | None = "all-linear",
     rank: int = 16,
     *,
-    estimator: str = "streaming",
+    estimator: EstimatorName = "streaming",
     loss_fn: LossFn | None = None,
     max_batches: int | None = None,
     seed: int = 0,
@@ -186,20 +180,15 @@ def estimate_factors(
         targets = adapters.find_target_names(model, target_modules)
         check_layers(model, targets)
         linear = {name: module for name, module in targets.items() if adapters.is_linear_like(module)}
+        request = Request(
+            wanted=dict.fromkeys(targets, rank),
+            targets=linear,
+            weights={name: WeightGradient(module) for name, module in targets.items() if name not in linear},
+            init=init,
+            seed=seed,
+        )
         with adapters.adapters_disabled(model):
-            estimation = estimate(
-                model,
-                linear,
-                dict.fromkeys(targets, rank),
-                loader,
-                init,
-                ranks,
-                loss_fn=loss_fn,
-                max_batches=max_batches,
-                seed=seed,
-                show_progress_bar=show_progress_bar,
-                whole={name: WeightGradient(module) for name, module in targets.items() if name not in linear},
-            )
+            estimation = estimate(model, request, Batches(loader, loss_fn, max_batches, show_progress_bar), ranks)
     unseen = {name: reason for name in targets if (reason := summary.why_unseen(name, estimation))}
     if unseen and ranks.first:
         left_out = listed([f"{name} ({reason})" for name, reason in unseen.items()])

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
-METHODS = ("lora-ga", "lora-one")
-DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
-SCALES = ("stable", "unit", "gd", "weight-svd")
-STARTS = ("mirror", "zero-b")
-ESTIMATORS = ("streaming", "dense")
-BUFFER_DTYPES = ("auto", "bfloat16", "float32")
-BUFFER_DEVICES = ("model", "cpu")
+Method = Literal["lora-ga", "lora-one"]
+Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
+Scale = Literal["stable", "unit", "gd", "weight-svd"]
+StartName = Literal["mirror", "zero-b"]
+EstimatorName = Literal["streaming", "dense"]
+BufferDtype = Literal["auto", "bfloat16", "float32"]
+BufferDevice = Literal["model", "cpu"]
+
+METHODS: tuple[Method, ...] = get_args(Method)
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+SCALES: tuple[Scale, ...] = get_args(Scale)
+STARTS: tuple[StartName, ...] = get_args(StartName)
+ESTIMATORS: tuple[EstimatorName, ...] = get_args(EstimatorName)
+BUFFER_DTYPES: tuple[BufferDtype, ...] = get_args(BufferDtype)
+BUFFER_DEVICES: tuple[BufferDevice, ...] = get_args(BufferDevice)
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -70,15 +79,15 @@ class InitConfig:
         TypeError: a number is not a number.
     """
 
-    method: str = "lora-ga"
-    direction: str = "ArB2r"
-    scale: str = "stable"
+    method: Method = "lora-ga"
+    direction: Direction = "ArB2r"
+    scale: Scale = "stable"
     stable_gamma: float = 16.0
     lora_one_gamma: float = 128.0
-    start: str = "mirror"
-    estimator: str = "streaming"
-    buffer_dtype: str = "auto"
-    buffer_device: str = "model"
+    start: StartName = "mirror"
+    estimator: EstimatorName = "streaming"
+    buffer_dtype: BufferDtype = "auto"
+    buffer_device: BufferDevice = "model"
     staging_bytes: int = 2**28
 
     def __post_init__(self) -> None:
@@ -103,7 +112,7 @@ class InitConfig:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"{name}={getattr(self, name)!r} does not go with {where}; leave {name} out.")
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The options as plain values, for JSON; those that play no part with this method are `None`."""
         if self.method == "lora-one":
             unused: tuple[str, ...] = ("start", "direction", "scale", "stable_gamma")

@@ -45,27 +45,41 @@ class Estimation:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def estimate(
-    model: nn.Module,
-    targets: Mapping[str, nn.Module],
-    wanted: Mapping[str, int],
-    loader: Iterable[Any],
-    config: InitConfig,
-    ranks: Ranks,
-    *,
-    loss_fn: LossFn | None,
-    max_batches: int | None,
-    seed: int,
-    show_progress_bar: bool,
-    whole: Mapping[str, WeightGradient] | None = None,
-) -> Estimation:
-    """Factors of the mean gradient of every target, `wanted[name]` triplets each. `model` is left as it was.
+@dataclass(frozen=True)
+class Request:
+    """What to estimate.
 
-    `targets` are linear layers, whose gradient is a product that a tap sees. Gradients of the weights in `whole` are
-    formed by autograd and summed in dense buffers, also with `config.estimator="streaming"` (float32 then). A stack of
-    experts has estimates by the names of its `WeightGradient.parts`.
+    Attributes:
+        wanted (`dict[str, int]`): singular triplets by layer. A stack of experts has a name for each of them, see
+            `WeightGradient.parts`.
+        targets (`dict[str, nn.Module]`): linear layers, whose gradient is the product of a pair that a tap sees.
+        weights (`dict[str, WeightGradient]`): weights whose gradient autograd forms. It is summed in dense buffers,
+            also with `init.estimator="streaming"` (float32 then).
+        init (`InitConfig`): estimator and buffers.
+        seed (`int`): of the sketches.
+    """
 
-    Every one of `ranks` brings its own batches; the mean is over all of them, and the factors are the same bits on all.
+    wanted: Mapping[str, int]
+    targets: Mapping[str, nn.Module]
+    init: InitConfig
+    seed: int
+    weights: Mapping[str, WeightGradient] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What to estimate it from: at most `max_batches` batches of `loader`, whose loss is `loss_fn(model, batch)`."""
+
+    loader: Iterable[Any]
+    loss_fn: LossFn | None = None
+    max_batches: int | None = None
+    show_progress_bar: bool = False
+
+
+def estimate(model: nn.Module, request: Request, batches: Batches, ranks: Ranks) -> Estimation:
+    """Factors of the mean gradient over `batches` of every target. `model` is left as it was.
+
+    Every one of `ranks` brings its own batches. The mean is over all of them, and the factors are the same bits on all.
 
     Raises:
         ValueError: no batch came, a batch has no usable loss, no target saw a gradient, every batch had NaN or Inf, or
@@ -73,71 +87,72 @@ def estimate(
         TypeError: a batch is no mapping and there is no `loss_fn`.
         RankFailed: another rank raised.
     """
-    show = show_progress_bar and ranks.first
+    show = batches.show_progress_bar and ranks.first
     together = is_sharded(model)
-    total = count_of(loader, max_batches)
-    whole = whole or {}
-    ranks.agree(targets=tuple(wanted.items()), whole=tuple(whole), options=config, seed=seed, sharded=together)
+    total = count_of(batches.loader, batches.max_batches)
+    _agree(request, ranks, together)
     many = ranks.any(total is None or total > BFLOAT16_LIMIT)
     device = input_device(model)
-    collector = Collector(wanted, config, total, many, seed, device)
+    collector = Collector(request.wanted, request.init, total, many, request.seed, device)
     started = time.perf_counter()
     with (
         collector,
         resharded(model),
         isolated(model),
-        separate_parameters(whole) as weights,
-        WeightGradientHooks(weights, collector.on_gradient),
-        Taps(targets, collector.on_pair, whole) as taps,
+        separate_parameters(request.weights) as parameters,
+        WeightGradientHooks(parameters, collector.on_gradient),
+        Taps(request.targets, collector.on_pair, request.weights) as taps,
     ):
-        collector.prepare(targets, whole)
-        bar = tqdm(total=total, desc="loraga: gradients", unit="batch", disable=not show)
-        with bar:
-            for index, batch in enumerate(ranks.batches(itertools.islice(loader, max_batches), together)):
-                loss = partial(loss_of, model, moved(batch, device), loss_fn, index)
+        collector.prepare(request.targets, request.weights)
+        with tqdm(total=total, desc="loraga: gradients", unit="batch", disable=not show) as bar:
+            taken = itertools.islice(batches.loader, batches.max_batches)
+            for index, batch in enumerate(ranks.batches(taken, together)):
+                loss = partial(loss_of, model, moved(batch, device), batches.loss_fn, index)
                 collector.absorb(loss, taps, ranks.any if together else bool)
                 bar.update()
-    called = taps.called.union(*(weight.parts(name) for name, weight in whole.items() if name in taps.called))
+    called = taps.called.union(*(w.parts(name) for name, w in request.weights.items() if name in taps.called))
     counts = _counted(collector, called, ranks)
     if counts.batches == 0:
         raise ValueError("The loader gave no batch; loraga needs at least one to see a gradient.")
     return _conclude(collector, counts, ranks, started, show)
 
 
-def estimate_step(
-    model: nn.Module,
-    targets: Mapping[str, nn.Module],
-    wanted: Mapping[str, int],
-    step: Callable[[], Any],
-    config: InitConfig,
-    ranks: Ranks,
-    *,
-    seed: int,
-) -> Estimation:
+def estimate_step(model: nn.Module, request: Request, step: Callable[[], Any], ranks: Ranks) -> Estimation:
     """As `estimate`, of a callback that runs forward and backward itself, as often as it likes.
 
-    Every backward call is one micro-batch. `step` finds the model, which must not be sharded, as `quiet` leaves it (no
-    dropout, nothing to train, so backward computes no weight gradient) and no gradient at any parameter; it may change
-    modes and clear or clip gradients. All of that is put back. float16 losses go backward as `step` scales them.
+    Every backward call is one micro-batch. `step` finds the model, which must not be sharded, as `isolated` leaves it:
+    no dropout, and nothing to train, so that backward computes no weight gradient. It finds no gradient at any
+    parameter. It may change modes, and clear or clip gradients. All of that is put back. float16 losses go backward as
+    `step` scales them.
 
     Raises:
         ValueError: `step` ran no backward that reached a target, all of them had NaN or Inf, or ranks do not agree on
             what to estimate.
         RankFailed: another rank raised.
     """
-    ranks.agree(targets=tuple(wanted.items()), options=config, seed=seed)
-    collector = Collector(wanted, config, None, True, seed, input_device(model))
+    _agree(request, ranks, together=False)
+    collector = Collector(request.wanted, request.init, None, True, request.seed, input_device(model))
     started = time.perf_counter()
     with (
         collector,
         preserved_gradients(model),
         isolated(model),
-        Taps(targets, collector.on_pair, on_backward=collector.next_micro_batch) as taps,
+        Taps(request.targets, collector.on_pair, on_backward=collector.next_micro_batch) as taps,
     ):
-        collector.prepare(targets, {})
+        collector.prepare(request.targets, {})
         step()
     collector.next_micro_batch()
     return _conclude(collector, _counted(collector, taps.called, ranks), ranks, started, show_progress_bar=False)
+
+
+def _agree(request: Request, ranks: Ranks, together: bool) -> None:
+    ranks.agree(
+        targets=tuple(request.wanted.items()),
+        weights=tuple(request.weights),
+        options=request.init,
+        seed=request.seed,
+        sharded=together,
+    )
 
 
 @dataclass
@@ -216,16 +231,16 @@ def _conclude(
     if ranks.size > 1:
         seconds["merging"] = merged - observed
     return Estimation(
-        estimates,
-        counts.updates,
-        counts.skipped,
-        counts.called,
-        counts.batches,
-        counts.skipped_batches,
-        state_bytes,
-        ranks.size,
-        ranks.reduced_bytes,
-        seconds,
+        estimates=estimates,
+        updates=counts.updates,
+        skipped=counts.skipped,
+        called=counts.called,
+        micro_batches=counts.batches,
+        skipped_batches=counts.skipped_batches,
+        state_bytes=state_bytes,
+        ranks=ranks.size,
+        reduced_bytes=ranks.reduced_bytes,
+        seconds=seconds,
     )
 
 

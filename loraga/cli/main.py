@@ -329,7 +329,7 @@ def _plan(args: argparse.Namespace) -> None:
     per_batch = args.micro_batch * args.length * args.ranks
     with _as_input_errors():
         planned = plan(
-            hf_models.without_weights(config, getattr(torch, args.dtype)),
+            hf_models.without_weights(config, hf_models.family_of(config), getattr(torch, args.dtype)),
             _lora_config(args, hf_models.task_of(config)),
             rows=args.micro_batch,
             length=args.length,

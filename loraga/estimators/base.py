@@ -45,6 +45,10 @@ class Estimator(Protocol):
         """The layer."""
 
     @property
+    def state(self) -> tuple[Tensor, ...]:
+        """The tensors held between updates."""
+
+    @property
     def state_bytes(self) -> int:
         """Bytes held between updates."""
 

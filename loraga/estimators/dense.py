@@ -44,9 +44,12 @@ class Dense:
         return Dense, self._dtype, self.spec.m, self.spec.n, self.spec.rank, self.spec.device
 
     @property
+    def state(self) -> tuple[Tensor, ...]:
+        return (self._g if self._ring is None else self._host.values,)
+
+    @property
     def state_bytes(self) -> int:
-        g = self._g if self._ring is None else self._host.values
-        return g.numel() * g.element_size()
+        return sum(t.numel() * t.element_size() for t in self.state)
 
     @property
     def exchange_bytes(self) -> int:

@@ -86,8 +86,12 @@ class Streaming:
         return Streaming, self.spec.m, self.spec.n, self.spec.rank, self.spec.device
 
     @property
+    def state(self) -> tuple[Tensor, ...]:
+        return self._q, self._z, self._probes, self._probed
+
+    @property
     def state_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self._q, self._z, self._probes, self._probed))
+        return sum(t.numel() * t.element_size() for t in self.state)
 
     @property
     def exchange_bytes(self) -> int:

@@ -67,15 +67,20 @@ def config_of(model: str, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def without_weights(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """The language model of `config` on the meta device.
+def family_of(config: Any) -> str:
+    """Which of transformers' classes loads a language model, such as "AutoModelForCausalLM"."""
+    return _FAMILIES[task_of(config)]
+
+
+def without_weights(config: PretrainedConfig, family: str, dtype: torch.dtype) -> nn.Module:
+    """The model of `config` on the meta device, made by transformers' class `family`, see `family_of`.
 
     Raises:
         ValueError: transformers has no such model for this configuration.
     """
     try:
         with torch.device("meta"):
-            model = getattr(transformers, _FAMILIES[task_of(config)]).from_config(config, dtype=dtype)
+            model = getattr(transformers, family).from_config(config, dtype=dtype)
     except (ValueError, KeyError, ImportError) as error:
         raise ValueError(f"cannot build a model of type {config.model_type!r}: {one_line(error)}") from error
     model.config.use_cache = False
@@ -123,7 +128,7 @@ def load_model(model: str, config: Any, dtype: str, seed: int, trust_remote_code
     Raises:
         ValueError: it cannot be read.
     """
-    family = getattr(transformers, _FAMILIES[task_of(config)])
+    family = getattr(transformers, family_of(config))
     # Weights that the checkpoint lacks (a new head) are drawn from the global generator.
     torch.manual_seed(seed)
     with _loading(model):

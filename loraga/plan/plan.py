@@ -259,7 +259,7 @@ class _Trial:
         estimators = {slot.name: self.estimator(slot) for slot in slots}
         run = DryRun(self._ceilings)
         with run, run.aside() as cost:
-            run.take_in(value for e in estimators.values() for value in vars(e).values() if isinstance(value, Tensor))
+            run.take_in(tensor for estimator in estimators.values() for tensor in estimator.state)
             factors: dict[str, Any] = {}
             for chunk, _ in finish_in_chunks(estimators, dict.fromkeys(estimators, 1.0)):
                 factors |= chunk
@@ -269,7 +269,7 @@ class _Trial:
         slots = {slot.name: slot for slot in adapters.find_slots(self._peft_model, "default")[0]}
         found: Found = defaultdict(float)
 
-        def sink(name: str, x: Tensor, dy: Tensor) -> None:
+        def on_pair(name: str, x: Tensor, dy: Tensor) -> None:
             first, later = self._update(run, slots[name], x, dy)
             run.touch(max(first.extra, later.extra))
             found["first", "seconds"] += first.seconds
@@ -278,7 +278,7 @@ class _Trial:
 
         base = self._peft_model.base_model.model
         states = [self.estimator(slot).state_bytes for slot in slots.values()]
-        taps = Taps({name: slot.base_layer for name, slot in slots.items()}, sink)
+        taps = Taps({name: slot.base_layer for name, slot in slots.items()}, on_pair)
         with adapters.adapters_disabled(self._peft_model), isolated(base), taps, run:
             run.live += sum(states)
             taps.backward(base(**self._batch).loss)
@@ -425,7 +425,7 @@ def check_versions() -> None:
 
 
 def _bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.elementsize_text() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _flops(count: float) -> str:

@@ -14,7 +14,7 @@ from zoo import captured, objective_excess
 
 import loraga
 from loraga.capture.isolation import isolated
-from loraga.capture.run import estimate
+from loraga.capture.run import Batches, Request, estimate
 from loraga.capture.taps import Taps
 from loraga.capture.weight_gradients import WeightGradient, WeightGradientHooks, separate_parameters, weight_matrix
 from loraga.config import InitConfig
@@ -248,19 +248,10 @@ def test_fast_init_still_says_which_layers_it_does_not_write():
 def test_what_is_held_for_a_layer_that_is_not_linear(estimator, dtype):
     model = Zoo()
     config = InitConfig(estimator=estimator, buffer_dtype=dtype)
-    seen = estimate(
-        model,
-        {},
-        {"conv1": RANK},
-        batches(),
-        config,
-        Ranks(),
-        loss_fn=loss_of,
-        max_batches=None,
-        seed=0,
-        show_progress_bar=False,
-        whole={"conv1": WeightGradient(model.conv1)},
+    request = Request(
+        wanted={"conv1": RANK}, targets={}, weights={"conv1": WeightGradient(model.conv1)}, init=config, seed=0
     )
+    seen = estimate(model, request, Batches(batches(), loss_of), Ranks())
     per_number = 2 if (estimator, dtype) == ("dense", "auto") else 4
     assert seen.state_bytes == model.conv1.weight.numel() * per_number
 

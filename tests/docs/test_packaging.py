@@ -42,9 +42,9 @@ def test_one_version_everywhere():
 
 
 def test_typed_and_with_its_command():
-    assert (Path(native_core.__file__).parent / "py.typed").exists()
+    assert (Path(loraga.__file__).parent / "py.typed").exists()
     (entry,) = [e for e in importlib.metadata.entry_points(group="console_scripts") if e.name == "loraga"]
-    assert entry.value == "loraga.cli:main"
+    assert entry.value == "loraga.cli.main:main"
 
 
 def test_torch_is_needed_to_run_but_not_to_build():
@@ -167,7 +167,7 @@ def test_the_wheel_works_where_there_is_no_compiler_and_no_source(tmp_path):
     for name in ("test_jacobi.py", "test_cholesky.py", "test_gradient.py", "test_backend.py"):
         shutil.copy(ROOT / "tests" / "native" / name, tests)
     (tests / "test_where.py").write_text(
-        "import loraga\nfrom loraga import native_core\n"
+        "import loraga\nfrom loraga.ops import native_core\n"
         f"def test_where():\n    assert loraga.__file__.startswith({str(site)!r})\n"
         "    assert not native_core.build_info()['cuda'] and 'csrc' not in native_core._core().__file__\n"
     )

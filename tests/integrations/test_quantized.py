@@ -346,7 +346,7 @@ def test_gptq_and_awq_as_peft_wraps_them(layer, start, data):
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
 def test_loraga_init_of_a_quantized_folder(kind, load, tmp_path, capsys):
     """A folder that was saved quantized is loaded quantized, and its adapter fits."""
-    from test_cli import QUIET, run, save_tokenizer, write_data
+    from command_line import QUIET, run, save_tokenizer, write_data
 
     model = load(kind)
     model.save_pretrained(tmp_path / "model")

@@ -97,10 +97,10 @@ def test_the_dispatcher_takes_the_native_core():
     ("shape", "seed"), [((7, 5), 0), ((96, 80), 2**63 - 1), ((1, 3), -1), ((0, 4), 1), ((33, 31), 9)]
 )
 def test_the_numbers_of_a_test_matrix_are_the_reference_s_to_the_last_bit(shape, seed):
-    ours, reference = torch.empty(shape), torch.empty(shape)
+    ours, expected = torch.empty(shape), torch.empty(shape)
     declared.test_matrix_(ours, seed)
-    reference.test_matrix_(reference, seed)
-    assert torch.equal(ours, reference)
+    reference.test_matrix_(expected, seed)
+    assert torch.equal(ours, expected)
 
 
 @needs_native

@@ -93,7 +93,8 @@ def starts_for(
 
 
 def write(peft_model: PeftModel, start: str = "mirror", adapter_name: str = "default", seed: int = 5) -> None:
-    integration.write_start(peft_model, adapter_name, starts_for(peft_model, start, adapter_name, seed))
+    adapter = integration.Adapter.of(peft_model, adapter_name)
+    integration.write_start(adapter, starts_for(peft_model, start, adapter_name, seed))
 
 
 def started(base: nn.Module, start: str = "mirror", adapter_name: str = "default", **options) -> PeftModel:

@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import loraga
-from loraga import InitConfig, distributed
+from loraga import InitConfig
+from loraga.distributed import ranks as distributed_ranks
 from loraga.ops import reference
 
 RANK = 2 * zoo.R  # of factors that are asked for; a start takes R
@@ -377,8 +378,8 @@ def failures(rank, world):
 def alone(rank, world):
     """Only rank 0 calls; the process group's timeout ends it."""
     dist.distributed_c10d._get_default_store().set_timeout(datetime.timedelta(seconds=2))
-    distributed._PATIENCE = 0.5
-    distributed._SLICE = datetime.timedelta(seconds=0.25)
+    distributed_ranks._PATIENCE = 0.5
+    distributed_ranks._SLICE = datetime.timedelta(seconds=0.25)
     if rank == 0:
         import logging
 

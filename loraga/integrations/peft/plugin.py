@@ -26,8 +26,8 @@ from torch import nn
 from loraga._atomic_files import atomic_file
 from loraga._messages import one_line
 from loraga._version import release_of
-from loraga.capture.run import estimate_step
-from loraga.config import InitConfig, check_choice
+from loraga.capture.run import Request, estimate_step
+from loraga.config import InitConfig, Scale, check_choice
 from loraga.distributed.ranks import Ranks
 from loraga.distributed.sharding import check_injectable, check_layers, check_sharding
 from loraga.factors import Factors
@@ -48,7 +48,7 @@ _FIRST = "0.19"
 # where PEFT keeps a layer's gradient between its two halves, and under which key in a cache file
 _ATTRIBUTE = "_peft_loraga_grad"
 # PEFT's names of the scales, and ours
-_SCALES = {"stable": "stable", "weight_svd": "weight-svd", "gd_scale": "gd", "unit": "unit"}
+_SCALES: dict[str, Scale] = {"stable": "stable", "weight_svd": "weight-svd", "gd_scale": "gd", "unit": "unit"}
 # PEFT's calls have no seed; one for all makes them repeatable
 _SEED = 0
 # from `warnings.warn` in `summary` to the user's call of preprocess_loraga, past the wrapper that torch.no_grad puts
@@ -305,16 +305,14 @@ def _estimate(
     model: nn.Module, lora_config: LoraConfig, targets: list[_Target], train_step: Callable[[], Any], ranks: Ranks
 ) -> tuple[_Found, InitReport]:
     init = _options(lora_config.lora_ga_config)
+    request = Request(
+        wanted={target.name: target.triplets for target in targets},
+        targets={target.name: target.module for target in targets},
+        init=init,
+        seed=_SEED,
+    )
     with adapters_disabled(model):
-        estimation = estimate_step(
-            model,
-            {target.name: target.module for target in targets},
-            {target.name: target.triplets for target in targets},
-            train_step,
-            init,
-            ranks,
-            seed=_SEED,
-        )
+        estimation = estimate_step(model, request, train_step, ranks)
     report = summary.report_of(targets, {}, estimation, init, _SEED)
     if not report.initialised:
         raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")

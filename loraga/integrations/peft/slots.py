@@ -117,6 +117,39 @@ class AdapterSlot:
         return A.unflatten(1, (-1, *sizes)) if sizes else A, B.reshape(*B.shape, *ones)
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter that can be started now, with its layers.
+
+    Attributes:
+        peft_model (`PeftModel`), name (`str`): the adapter.
+        slots (`list[AdapterSlot]`): layers that loraga can start.
+        others (`dict[str, str]`): the other layers of the adapter, each with the reason why not.
+    """
+
+    peft_model: PeftModel
+    name: str
+    slots: list[AdapterSlot]
+    others: dict[str, str]
+
+    @classmethod
+    def of(cls, peft_model: PeftModel, adapter_name: str) -> Adapter:
+        """Find the layers of an adapter.
+
+        Raises:
+            TypeError: the adapter is of another kind than LoRA.
+            ValueError: there is no such adapter, or it cannot be started (see `check_adapter`).
+        """
+        check_adapter(peft_model, adapter_name)
+        slots, others = find_slots(peft_model, adapter_name)
+        return cls(peft_model, adapter_name, slots, others)
+
+    @property
+    def parts(self) -> list[AdapterSlot]:
+        """One for each matrix in the layers."""
+        return [part for slot in self.slots for part in slot.parts()]
+
+
 def check_is_lora(peft_model: PeftModel, adapter_name: str) -> None:
     """Raise `ValueError` if there is no such adapter, `TypeError` if it is not LoRA."""
     config = peft_model.peft_config.get(adapter_name)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from loraga._rollback import remember_modules, remember_values
@@ -17,13 +16,7 @@ from loraga.distributed.sharding import filled, is_distributed, is_sharded
 from loraga.factors import Factors
 from loraga.integrations.accelerate import home_of
 from loraga.integrations.peft.config import plain_start
-from loraga.integrations.peft.slots import (
-    AdapterSlot,
-    base_weight,
-    check_adapter,
-    dequantized,
-    find_slots,
-)
+from loraga.integrations.peft.slots import Adapter, AdapterSlot, base_weight, dequantized
 from loraga.integrations.peft.storage import give_storage
 from loraga.linalg import seed_of, truncated_svd
 from loraga.start import starts
@@ -52,8 +45,7 @@ def start_of(slot: AdapterSlot, factors: Factors, init: InitConfig, seed: int) -
 
 
 def write_start(
-    peft_model: PeftModel,
-    adapter_name: str,
+    adapter: Adapter,
     starts: Mapping[str, Start],
     *,
     seed: int = 0,
@@ -65,33 +57,30 @@ def write_start(
     leaves over, and layers without a start, become ordinary LoRA, also where they were trained before.
 
     Args:
-        peft_model (`PeftModel`): holds the adapter.
-        adapter_name (`str`): its name.
+        adapter (`Adapter`): to be started.
         starts (`dict[str, tuple[Tensor, Tensor]]`): A (k, n) and B (m, k), k <= r, by the name of each of a slot's
             `parts`.
         seed (`int`): of the ordinary rows.
         confirm (callable): called when all is written; if it raises, nothing was.
 
     Raises:
-        ValueError: the adapter cannot be initialised (see `check_adapter`), or a name, shape or value in `starts` does
-            not fit.
+        ValueError: a name, shape or value in `starts` does not fit, or PEFT made no weights where we make none.
     """
-    check_adapter(peft_model, adapter_name)
-    slots, unsupported = find_slots(peft_model, adapter_name)
-    _check_starts(slots, starts)
-    _check_in_memory(peft_model, adapter_name, unsupported)
-    check_magnitudes(peft_model, adapter_name, slots)
-    config = peft_model.peft_config[adapter_name]
-    undo = _remember(slots, adapter_name)
+    _check_starts(adapter.slots, starts)
+    _check_in_memory(adapter)
+    check_magnitudes(adapter)
+    configs = adapter.peft_model.peft_config
+    config = configs[adapter.name]
+    undo = _remember(adapter.slots, adapter.name)
     try:
-        for slot in slots:
-            _write_slot(slot, adapter_name, starts, seed, gaussian=config.init_lora_weights == "gaussian")
-        peft_model.peft_config[adapter_name] = plain_start(config)
+        for slot in adapter.slots:
+            _write_slot(slot, adapter.name, starts, seed, gaussian=config.init_lora_weights == "gaussian")
+        configs[adapter.name] = plain_start(config)
         confirm()
     except BaseException:
         for restore in undo:
             restore()
-        peft_model.peft_config[adapter_name] = config
+        configs[adapter.name] = config
         raise
 
 
@@ -174,23 +163,23 @@ def _check_starts(slots: list[AdapterSlot], starts: Mapping[str, Start]) -> None
             raise ValueError(f"The start of {name!r} has NaN or Inf in it.")
 
 
-def _check_in_memory(peft_model: PeftModel, adapter_name: str, others: Iterable[str]) -> None:
+def _check_in_memory(adapter: Adapter) -> None:
     """Layers loraga does not start need a start from PEFT, which gives none with `low_cpu_mem_usage=True`."""
-    for name in others:
-        layer = peft_model.base_model.model.get_submodule(name)
-        if any(p.is_meta for key, p in layer.named_parameters() if adapter_name in key.split(".")):
+    for name in adapter.others:
+        layer = adapter.peft_model.base_model.model.get_submodule(name)
+        if any(p.is_meta for key, p in layer.named_parameters() if adapter.name in key.split(".")):
             raise ValueError(
                 f"The adapter of layer {name!r} has no weights yet, and loraga does not start it. Make the "
                 "adapter without low_cpu_mem_usage=True."
             )
 
 
-def check_magnitudes(peft_model: PeftModel, adapter_name: str, slots: Iterable[AdapterSlot]) -> None:
+def check_magnitudes(adapter: Adapter) -> None:
     """Raise `ValueError` if a DoRA magnitude would have to be computed from a sharded weight."""
-    if not is_sharded(peft_model):
+    if not is_sharded(adapter.peft_model):
         return
-    for slot in slots:
-        if _magnitude(slot, adapter_name) is not None:
+    for slot in adapter.slots:
+        if _magnitude(slot, adapter.name) is not None:
             raise ValueError(
                 f"The DoRA magnitude of {slot.name!r} is the norm of a sharded weight; initialise before fully_shard."
             )

@@ -218,7 +218,7 @@ def test_an_embedding_beside_other_adapters():
     disturb(model)
     first = output(model)
     model.add_adapter("second", config(target_parameters=None) if OLD_PEFT else config())
-    adapters.write_start(model, "second", starts_of(model, "second"))
+    adapters.write_start(adapters.Adapter.of(model, "second"), starts_of(model, "second"))
     model.set_adapter("second")
     table = model.base_model.model.table
     assert table.lora_embedding_A["second"].requires_grad and not table.lora_embedding_A["default"].requires_grad
@@ -267,7 +267,7 @@ def test_a_failing_write_leaves_everything_as_it_was(where, monkeypatch):
 
     monkeypatch.setattr(_writing, "fill", counted)
     with pytest.raises(RuntimeError, match="gone"):
-        adapters.write_start(model, "default", starts, confirm=confirm)
+        adapters.write_start(adapters.Adapter.of(model, "default"), starts, confirm=confirm)
     assert written == list(slots(model))
     assert_same(everything_about(model), before)
 

@@ -252,7 +252,7 @@ def test_a_trained_adapter_starts_again_as_a_fresh_one(options, start):
     ):
         starts = starts_for(peft_model, start, seed=8)
         del starts["down"]
-        integration.write_start(peft_model, "default", starts, seed=3)
+        integration.write_start(integration.Adapter.of(peft_model, "default"), starts, seed=3)
         results.append({name: p.detach().clone() for name, p in peft_model.named_parameters() if "lora_" in name})
         close(output(peft_model, inputs("mlp")), output(base_model("mlp"), inputs("mlp")))
     same_tensors(*results)
@@ -287,7 +287,9 @@ def test_layers_without_a_start_are_ordinary(start, init_lora_weights):
     results = []
     for seed in (0, 0, 1):
         integration.write_start(
-            peft_model, "default", {n: s for n, s in starts.items() if n not in left_out}, seed=seed
+            integration.Adapter.of(peft_model, "default"),
+            {n: s for n, s in starts.items() if n not in left_out},
+            seed=seed,
         )
         results.append(torch.cat([slots[name].A.detach().flatten() for name in sorted(left_out)]))
         assert {name for name, slot in slots.items() if is_fresh(slot)} == (
@@ -305,7 +307,7 @@ def test_a_head_of_five_outputs_gets_as_many_directions_as_it_has(start):
     peft_model = integration.inject(base_model("mlp"), config(r=8), "default")
     slot = next(s for s in integration.find_slots(peft_model, "default")[0] if s.name == "head")
     starts = starts_for(peft_model, start)
-    integration.write_start(peft_model, "default", starts)
+    integration.write_start(integration.Adapter.of(peft_model, "default"), starts)
     k = {"mirror": 7, "zero-b": 5}[start]
     assert len(starts["head"][0]) == k
     assert torch.equal(slot.A[:k], starts["head"][0])
@@ -349,7 +351,7 @@ def test_adapters_made_with_low_cpu_mem_usage(start, use_dora):
     peft_model = get_peft_model(base_model(), config(use_dora=use_dora), low_cpu_mem_usage=True)
     starts = starts_for(peft_model, start)
     starts.pop("model.layers.0.self_attn.q_proj")
-    integration.write_start(peft_model, "default", starts)
+    integration.write_start(integration.Adapter.of(peft_model, "default"), starts)
     assert not any(p.is_meta for p in peft_model.parameters())
     close(output(peft_model.eval(), inputs()), output(base_model(), inputs()))
 
@@ -367,7 +369,7 @@ def test_unstarted_layers_without_weights_are_an_error():
     """B33: PEFT made no weights for the convolution, and we would make none."""
     peft_model = get_peft_model(Mixed(), config(target_modules=["linear", "conv"]), low_cpu_mem_usage=True)
     with pytest.raises(ValueError, match=r"'conv' has no weights yet.*low_cpu_mem_usage"):
-        integration.write_start(peft_model, "default", {})
+        integration.write_start(integration.Adapter.of(peft_model, "default"), {})
 
 
 # ----------------------------------------------------------------------------------------- weights of a special kind
@@ -445,13 +447,13 @@ def test_a_failing_write_leaves_everything_as_it_was(trained_before, low_cpu_mem
 
     monkeypatch.setattr(_writing, "fill", failing)
     with pytest.raises(KeyboardInterrupt):
-        integration.write_start(peft_model, "default", starts)
+        integration.write_start(integration.Adapter.of(peft_model, "default"), starts)
     assert structure_of(peft_model) == before[0] and peft_model.peft_config["default"] is settings
     now = dict(peft_model.named_parameters())
     assert all(now[name] is parameter for name, parameter in before[1].items())
     assert all(torch.equal(now[name], value) for name, value in values.items())
     monkeypatch.undo()
-    integration.write_start(peft_model, "default", starts)
+    integration.write_start(integration.Adapter.of(peft_model, "default"), starts)
 
 
 def test_bad_starts_are_named():
@@ -465,5 +467,5 @@ def test_bad_starts_are_named():
         ({"up": (A, B * float("nan"))}, "'up' has NaN"),
     ):
         with pytest.raises(ValueError, match=match):
-            integration.write_start(peft_model, "default", bad)
+            integration.write_start(integration.Adapter.of(peft_model, "default"), bad)
     unchanged(peft_model, before)
