@@ -1,5 +1,6 @@
 # make demo    the main job on real input; leaves its report and pictures in demo-output/
 # make test    lint and all tests
+# make test-fast  the tests that take no seconds each, without lint
 # make bench   every benchmark row that a CPU can give, into bench-output/ (less than 20 minutes on two idle cores)
 #
 # Both set everything up first, in a virtual environment of their own (.venv). What may be set, as in
@@ -18,7 +19,7 @@ TORCH_INDEX ?=
 SYSTEM ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo test test-fast bench lint clean
 
 # the native core holds the version, too
 NATIVE_SOURCES := setup.py CMakeLists.txt loraga/_version.py $(shell find csrc -type f)
@@ -77,6 +78,9 @@ bench: $(READY)
 
 test: $(READY) $(CHECKS)
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL)
+
+test-fast: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) -m 'not slow'
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -110,6 +110,7 @@ def test_start_is_the_paper_formula_on_the_exact_factors(name, start, rslora):
             assert overlap.square().sum() > 0.97 * q
 
 
+@pytest.mark.slow
 def test_minilm_with_real_weights_and_text(minilm):
     model, loader = minilm
     factors = loraga.estimate_factors(model, loader, rank=16)
@@ -224,6 +225,7 @@ def test_a_head_of_five_outputs_at_rank_eight(name, targets, start):
 # ------------------------------------------------------------------------------------- determinism, invariance
 
 
+@pytest.mark.slow
 def test_same_seed_same_bits_in_any_process():
     code = """
 import sys; sys.path.insert(0, {tests!r})

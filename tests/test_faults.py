@@ -24,6 +24,8 @@ from loraga import _atomic_files
 from loraga.capture import run as capture_run
 from loraga.estimators import Dense, Streaming
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 120  # what a fault may take at most, on a slow machine
 
 

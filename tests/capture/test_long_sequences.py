@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import long_sequences as example
 
+pytestmark = pytest.mark.slow
+
 TOKENS, VOCABULARY = 1536, 6000
 WHOLE = TOKENS * VOCABULARY * 4
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"]

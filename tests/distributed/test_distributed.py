@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import peft
 import pytest
@@ -16,26 +17,34 @@ from torch import nn
 import loraga
 
 # the first test waits for all processes: 40 seconds on two idle cores, several times that on busy ones
-pytestmark = pytest.mark.timeout(500)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 ORDERS = ("before", "after")
+FEW = 5  # tests, up to which no job is run but theirs
 PEFT_HAS_LORA_GA = hasattr(peft, "preprocess_loraga")
 
 
 class Found(dict):
     """Results by job, each a list by rank; a job that raised fails the tests that ask for it."""
 
-    def __getitem__(self, name):
+    def __init__(self, work: dict[str, tuple], folder: Path) -> None:
+        super().__init__(folder=folder)
+        self._work = work
+
+    def __missing__(self, name: str) -> list:
+        """Run one job by itself."""
+        self.update(ranks.launch({name: self._work[name]}, self["folder"]))
+        return super().__getitem__(name)
+
+    def __getitem__(self, name: str):
         results = super().__getitem__(name)
         for rank, result in enumerate(results if isinstance(results, list) else ()):
             assert not isinstance(result, Exception), f"{name}, rank {rank}: {result.trace}"
         return results
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What each rank of each job found; all of them in one go."""
-    folder = tmp_path_factory.mktemp("ranks")
-    work = {
+def work_of(folder: Path) -> dict[str, tuple]:
+    """Jobs by name: function, number of ranks, arguments."""
+    return {
         "one": (jobs.sixteen, 1),
         "two": (jobs.sixteen, 2),
         "two again": (jobs.sixteen, 2),
@@ -60,7 +69,16 @@ def found(tmp_path_factory):
         "refusals": (jobs.refusals, 2),
         "cut short": (jobs.cut_short, 2),
     }
-    return Found(ranks.launch(work, folder), folder=folder)
+
+
+@pytest.fixture(scope="module")
+def found(request, tmp_path_factory):
+    """What each rank of each job found: all of them in one go, or, for a few tests, each as it is asked for."""
+    folder = tmp_path_factory.mktemp("ranks")
+    found = Found(work_of(folder), folder)
+    if sum(item.module is request.module for item in request.session.items) > FEW:
+        found.update(ranks.launch(work_of(folder), folder))
+    return found
 
 
 # ---- data parallel

@@ -19,7 +19,7 @@ ZERO = ("zero 2", "zero 3")
 ENGINES = ("fsdp2", "fsdp2 then start", *ZERO)
 CASES = [(engine, start) for engine in ENGINES for start in ("mirror", "zero-b")]
 
-pytestmark = pytest.mark.timeout(500)  # the first test waits for all processes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]  # the first test waits for all processes
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ import tables
 import torch
 import whole_run
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = tables.ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 

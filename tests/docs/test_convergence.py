@@ -23,6 +23,8 @@ import _methods
 import convergence
 import minilm
 
+pytestmark = pytest.mark.slow
+
 RESULT = Path(convergence.__file__).parent / "results" / "convergence-cpu.json"
 TINY = replace(
     convergence.PLANS["cpu"][convergence.SOURCE],

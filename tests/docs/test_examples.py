@@ -22,6 +22,8 @@ import findings
 import minilm
 from training import Run, evaluation_batches, training_batches
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(docstrings.__file__).parent
 
 needs_weights = pytest.mark.skipif(

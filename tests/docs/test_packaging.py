@@ -19,6 +19,8 @@ import loraga
 from loraga._version import __version__
 from loraga.ops import native_core
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".hpp", ".cu", ".cuh"})
 

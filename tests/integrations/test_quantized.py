@@ -28,6 +28,8 @@ from zoo import (
 
 import loraga
 
+pytestmark = pytest.mark.slow
+
 BITSANDBYTES = ("nf4", "nf4-double", "fp4-in-bfloat16", "int8")
 TORCHAO = ("torchao-int8", "torchao-int4")
 NAME = "model.layers.0.self_attn.q_proj"

@@ -14,6 +14,8 @@ from loraga._version import release_of
 from loraga.kernels import tuning
 from loraga.kernels.dev import aot, command
 
+pytestmark = pytest.mark.slow
+
 compiled_as_promised = pytest.mark.skipif(
     release_of(triton.__version__) < (3, 6),
     reason="the compiler of this Triton spills where that of 3.6 and 3.7 does not",

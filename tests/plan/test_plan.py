@@ -165,6 +165,7 @@ def test_time_is_the_longer_of_flops_and_bytes():
         assert run.seconds == pytest.approx(seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank, rows", [(2, 8), (40, 1)])
 def test_deep_models_are_extrapolated_exactly(monkeypatch, rank, rows):
     """Against a dry run of all blocks, where activations dominate the peak and where adapter gradients do."""
@@ -177,6 +178,7 @@ def test_deep_models_are_extrapolated_exactly(monkeypatch, rank, rows):
     assert short.layers == whole.layers
 
 
+@pytest.mark.slow
 def test_extrapolation_of_two_stacks(monkeypatch):
     config = zoo.build("t5").config
     config.num_layers, config.num_decoder_layers = 5, 4
@@ -187,6 +189,7 @@ def test_extrapolation_of_two_stacks(monkeypatch):
     assert short.model_flops == pytest.approx(whole.model_flops, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_checkpointing_saves_memory_and_costs_a_forward():
     plain, again = (planned(small_llama(layers=8), rows=8, checkpointing=way) for way in (False, True))
     assert plain.peaks == again.peaks

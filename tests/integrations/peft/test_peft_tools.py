@@ -400,6 +400,7 @@ def trainer(peft_model: nn.Module, directory) -> Trainer:
     return Trainer(model=peft_model, args=arguments, train_dataset=Rows())
 
 
+@pytest.mark.slow
 @every_start
 def test_trainer_resumes_to_the_uninterrupted_weights(start, tmp_path):
     """From a model that reads its own checkpoint, and from one that PEFT reads from the checkpoint's folder."""

@@ -314,6 +314,7 @@ for adapter in adapters:
 """
 
 
+@pytest.mark.slow
 def test_whatever_a_trainer_saves_is_right_on_the_original_base_without_loraga(tmp_path):
     """B7, B34: also where somebody converts out of habit, with the folder of the initial adapter, as PEFT's docs do."""
     model, loader = build("llama"), batches("llama")

@@ -171,6 +171,7 @@ assert sys.modules["loraga"] is None
 """
 
 
+@pytest.mark.slow
 def test_saved_adapters_are_right_in_plain_peft_on_the_original_base(tmp_path):
     """B7, B17: a process that cannot import loraga, every start and model, also read with low_cpu_mem_usage."""
     cases, expected = [], []
