@@ -154,8 +154,8 @@ def test_add_weighted_adapter(start, how):
         expected = 0.7 * delta(peft_model, "default")
     else:
         options = {"svd_rank": 8} if how == "svd" else {}
-        peft_model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "blend", combination_type=how, **options)
-        expected = 0.7 * delta(peft_model, "default") - 0.4 * delta(peft_model, "second")
+        peft_model.add_weighted_adapter(["default", "second"], [0.7, 0.4], "blend", combination_type=how, **options)
+        expected = 0.7 * delta(peft_model, "default") + 0.4 * delta(peft_model, "second")
     close(delta(peft_model, "blend"), expected, 1e-4)
 
 
