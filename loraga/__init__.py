@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     )
     from loraga.report.report import InitReport, LayerReport
 
-# public name -> where it lives; imported on first use, so that `loraga --help` does not wait for torch
-_HOMES = {
+# public name -> its module, which is imported on first use, so that `loraga --help` does not wait for torch
+_MODULES = {
     "Factors": "loraga.factors",
     "InitConfig": "loraga.config",
     "InitReport": "loraga.report",
@@ -46,9 +46,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'loraga' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever stops the writer: an error, a full disk, a kill."""
+"""Files that appear complete or not at all, also if an error, a full disk or a kill stops the writer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it at the end, or removed on failure."""
+    """Yield a temporary path beside `path`. It is renamed to `path` at the end, or removed on an error."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -24,10 +24,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_files(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
-    """A temporary folder whose files are moved into `folder` at the end, or removed on failure.
+    """Yield a temporary folder. Its files are moved into `folder` at the end, or removed on an error.
 
-    The file `last` is the one without which the others are not read; whoever stops in between leaves a folder without
-    it. Other files in `folder` stay.
+    `last` is the name of the file without which readers ignore the others. An old one is removed first and the new one
+    is moved last, so a writer that is stopped in between leaves a folder without it. Other files in `folder` stay.
     """
     target = Path(folder)
     new = not target.exists()
@@ -51,7 +51,9 @@ def atomic_files(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place at the end, or is removed on failure.
+    """Yield a temporary folder beside `folder`. It replaces `folder` at the end, or is removed on an error.
+
+    If the replacement fails, the old folder is moved back.
 
     Raises:
         OSError: the temporary folder cannot be made.

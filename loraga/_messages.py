@@ -1,4 +1,4 @@
-"""How errors, sizes and lists of names read in loraga's messages and tables."""
+"""Text of errors, sizes and lists of names, for loraga's messages and tables."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message as one line, or its type where it has none.
+    """The first line of an error's message that is not blank, or the name of its type if the message is empty.
 
-    Ours are whole sentences; other libraries put the essence first.
+    One line is enough: loraga's messages have no line breaks, and other libraries put the cause into the first line.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
@@ -26,6 +26,6 @@ def size_text(count: float | None) -> str:
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """The first `most` of them, and how many more."""
+    """The first `most` names, and how many more there are: "a, b and 3 more"."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

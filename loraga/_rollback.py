@@ -1,4 +1,4 @@
-"""Remember how a model is built, to put it back in place if something fails after it was changed."""
+"""Record the structure or the values of a model, to restore them if something fails after a change."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 
 def remember_model(model: nn.Module) -> Callable[[], None]:
-    """Record the structure of `model`; the returned function puts it back, on the same module objects.
+    """Record the structure of `model`; the returned function restores it, on the same module objects.
 
-    Recorded are every module's class and attributes (with the contents of dicts, lists and sets they hold: children,
-    parameters, buffers, hooks) and every parameter's `requires_grad`, for the top module also the values of its
-    `config`. Values of tensors are not: `remember_values` does that.
+    Recorded are the class and the attributes of every module, the contents of those attributes that are dicts, lists or
+    sets (children, parameters, buffers, hooks), the `requires_grad` of every parameter, and the values in the `config`
+    of the top module. Values of tensors are not recorded: `remember_values` does that.
     """
     undo = [_remember_module(module) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -23,8 +23,8 @@ def remember_model(model: nn.Module) -> Callable[[], None]:
         undo.append(_remember_dict(vars(config)))
 
     def restore() -> None:
-        for put_back in undo:
-            put_back()
+        for restore_part in undo:
+            restore_part()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
@@ -32,18 +32,18 @@ def remember_model(model: nn.Module) -> Callable[[], None]:
 
 
 def remember_modules(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """As `remember_model`, of single modules without their children's own attributes."""
+    """Like `remember_model`, but only class and attributes of single modules, not those of their children."""
     undo = [_remember_module(module) for module in modules]
 
     def restore() -> None:
-        for put_back in undo:
-            put_back()
+        for restore_part in undo:
+            restore_part()
 
     return restore
 
 
 def remember_values(values: Iterable[torch.Tensor]) -> Callable[[], None]:
-    """Copy tensors to host memory; the returned function writes the copies back, bit for bit."""
+    """Copy tensors to host memory; the returned function writes the copies back, bit for bit. Skips meta tensors."""
     copies = [(value, value.detach().to("cpu", copy=True)) for value in values if not value.is_meta]
 
     def restore() -> None:
@@ -55,22 +55,22 @@ def remember_values(values: Iterable[torch.Tensor]) -> Callable[[], None]:
 
 
 def _remember_module(module: nn.Module) -> Callable[[], None]:
-    kind = module.__class__
+    module_class = module.__class__
     attributes = _remember_dict(module.__dict__)
     containers = [_remember_container(value) for value in module.__dict__.values() if type(value) in (list, set)]
     dicts = [_remember_dict(value) for value in module.__dict__.values() if isinstance(value, dict)]
 
     def restore() -> None:
-        module.__class__ = kind
+        module.__class__ = module_class
         attributes()
-        for put_back in (*containers, *dicts):
-            put_back()
+        for restore_part in (*containers, *dicts):
+            restore_part()
 
     return restore
 
 
-def _remember_dict(value: dict) -> Callable[[], None]:
-    # refilled, not replaced: hook handles and other owners keep references to these very dicts
+def _remember_dict(value: dict[Any, Any]) -> Callable[[], None]:
+    # restored in place: hook handles and other owners have references to these dict objects
     saved = dict(value)
 
     def restore() -> None:

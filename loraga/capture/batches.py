@@ -1,4 +1,4 @@
-"""What a loader gives: how many batches come, where their tensors go, and the loss of one."""
+"""Batches of a loader: how many there are, which device their tensors go to, and the loss of one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None, index: int) -> Tensor:
-    """The scalar loss of one micro-batch, with a graph."""
+    """The loss of one micro-batch, a 0-dim tensor with an autograd graph. `index` is for error messages.
+
+    Raises:
+        ValueError: there is no loss, it is not one number, or it does not require a gradient.
+        TypeError: the batch is no mapping, and there is no `loss_fn`.
+    """
     loss: Any
     if loss_fn is not None:
         loss = loss_fn(model, batch)
@@ -45,16 +50,19 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None, index: int) ->
 
 
 def count_of(loader: Iterable[Any], max_batches: int | None) -> int | None:
-    """How many micro-batches will come, where that can be known."""
+    """How many micro-batches the loader yields at most, or None if that is not known.
+
+    It is the smaller one of the loader's length and `max_batches`, where both are known.
+    """
     try:
         length = len(loader) if isinstance(loader, Sized) else None
-    except TypeError:  # a DataLoader over an iterable dataset has __len__, and it raises
+    except TypeError:  # the __len__ of a DataLoader over an iterable dataset raises
         length = None
     return length if max_batches is None else max_batches if length is None else min(length, max_batches)
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where the batch goes: the first parameter that has storage (of an embedding, in language models)."""
+    """The device of the first parameter that has storage (in language models, that of the input embedding)."""
     for parameter in model.parameters():
         if parameter.device.type != "meta":
             return parameter.device
@@ -62,16 +70,16 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """`batch` with every tensor in nested mappings, lists and tuples on `device`; anything else as it is."""
+    """`batch` with all tensors in nested mappings, lists and tuples on `device`; other values are not changed."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    if isinstance(batch, MutableMapping):  # of the same kind, for a loss_fn that reads attributes
+    if isinstance(batch, MutableMapping):  # keep its type, because a loss_fn may read attributes
         copied = copy.copy(batch)
         for key, value in batch.items():
             copied[key] = moved(value, device)
         return copied
     if isinstance(batch, PackedSequence):
-        return batch.to(device)  # type: ignore[arg-type]  # its annotation knows dtypes only
+        return batch.to(device)  # type: ignore[arg-type]  # its annotation lists dtypes only
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(moved(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):

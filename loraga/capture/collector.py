@@ -1,4 +1,4 @@
-"""The estimators of one process, and the record of what was finite."""
+"""The estimators of one process, and which of their updates were finite."""
 
 from __future__ import annotations
 
@@ -16,18 +16,30 @@ from loraga.estimators import Dense, Estimator, LayerSpec, StagingRing, make_est
 from loraga.integrations.bitsandbytes import is_bitsandbytes
 from loraga.linalg import seed_of
 
-# float16 gradients: the loss is scaled to about this before backward, and by this much less after an overflow
+# float16 gradients: the loss is scaled to about _FLOAT16_TARGET before backward. After an overflow the scale is
+# multiplied by _FLOAT16_BACKOFF and backward runs again, at most _FLOAT16_TRIES times in all.
 _FLOAT16_TARGET, _FLOAT16_BACKOFF, _FLOAT16_TRIES = 2.0**15, 2.0**-4, 6
 
 
 class Collector:
-    """The estimators of this rank and the record of what was finite.
+    """The estimators of this rank, and which of their updates were finite.
+
+    As a context manager it waits on leaving for all updates of buffers in host memory.
 
     Args:
-        wanted: triplets by layer.
-        micro_batches: of this rank, where that is known.
-        many: more of them than a bfloat16 buffer bears, on some rank.
-        device: for the state of layers that tell no other.
+        wanted (mapping of `str` to `int`): number of singular triplets by layer.
+        config (`InitConfig`): estimator and buffers.
+        micro_batches (`int` or `None`): of this rank, None if not known.
+        many (`bool`): some rank may get more micro-batches than a bfloat16 buffer can sum (`BFLOAT16_LIMIT`).
+        seed (`int`): of the sketches.
+        device (`torch.device`): of the state of layers whose own device is not known.
+
+    Attributes:
+        estimators (`dict[str, Estimator]`): by layer.
+        updates (`Counter[str]`): number of gradients that each layer got.
+        skipped (`dict[str, Tensor]`): how many of these had NaN or Inf, as a 0-dim int64 tensor on the layer's device.
+        loss_scale (`float` or `None`): factor that the sums include; None if no layer computed in float16.
+        staging_bytes (`int`): device memory of all staging rings.
     """
 
     def __init__(
@@ -43,7 +55,7 @@ class Collector:
         self.estimators: dict[str, Estimator] = {}
         self.updates: Counter[str] = Counter()
         self.skipped: dict[str, Tensor] = {}
-        self.loss_scale: float | None = None  # that the sums carry; None as long as no float16 was seen
+        self.loss_scale: float | None = None
         self._config, self._micro_batches, self._many, self._seed = config, micro_batches, many, seed
         self._devices: dict[str, torch.device] = {}
         self._calls: Counter[str] = Counter()
@@ -59,43 +71,44 @@ class Collector:
         pass
 
     def __exit__(self, *exc: object) -> None:
-        for ring in self._rings.values():  # whatever happened: nothing may be on its way when the memory goes
+        for ring in self._rings.values():  # also after an error: no copy may be running when its memory is freed
             ring.close()
 
     def _next_call(self, name: str) -> tuple[str, int] | None:
-        """A key for this call of a layer in this micro-batch; None where an earlier try has summed it."""
+        """A key for this call of a layer in this micro-batch; None if an earlier try has summed its gradient."""
         key = (name, self._calls[name])
         self._calls[name] += 1
         return None if key in self._summed else key
 
     def on_pair(self, name: str, x: Tensor, dy: Tensor) -> None:
+        """Add dyᵀ x of x (T, n), dy (T, m) to the estimator of layer `name`; `Taps` calls this."""
         key = self._next_call(name)
         if key is None:
             return
-        if name not in self.estimators or self._elsewhere(name, dy.device):
+        if name not in self.estimators or self._made_on_other_device(name, dy.device):
             self.estimators[name] = self._estimator(name, dy.shape[1], x.shape[1], dy.device)
         self._flags[key] = self.estimators[name].update(x, dy, self._weight)
 
-    def _elsewhere(self, name: str, device: torch.device) -> bool:
-        """Was the estimator made beside a weight that is computed with on another `device` (FSDP2's CPU offload)?"""
+    def _made_on_other_device(self, name: str, device: torch.device) -> bool:
+        """Whether an unused estimator is not on `device`, where its layer computes (FSDP2 with CPU offload)."""
         unused = self.updates[name] == 0 and self._calls[name] == 1
         return unused and self.estimators[name].spec.device != device
 
     def on_gradient(self, name: str, gradient: Tensor) -> None:
-        """A gradient that autograd formed, as `WeightGradientHooks` hands it over."""
+        """Add a gradient that autograd formed for layer `name`; `WeightGradientHooks` calls this."""
         weight = self._formed[name]
         for part, matrix in zip(weight.parts(name), weight.matrices(gradient), strict=True):
             key = self._next_call(part)
             if key is not None:
                 estimator = self.estimators[part]
-                assert isinstance(estimator, Dense)  # `prepare` made it
+                assert isinstance(estimator, Dense)  # `prepare` makes no other for these
                 self._flags[key] = estimator.add(matrix, self._weight)
 
     def prepare(self, targets: Mapping[str, nn.Module], formed: Mapping[str, WeightGradient]) -> None:
         """Make the estimators of layers whose shape and device are known before the first batch.
 
-        State that is allocated amid the activations of a backward pass keeps their freed memory from being reused in
-        one piece (measured on a 105 M Llama: 7 % of the peak).
+        If their state were allocated during a backward pass, it would lie between activations, and the memory of these
+        could not be reused in one piece after they are freed (measured on a 105 M Llama: 7 % of the peak).
         """
         for name, module in targets.items():
             weight = getattr(module, "weight", None)
@@ -112,10 +125,11 @@ class Collector:
                 self.estimators[part] = self._estimator(part, *stored.shape, stored.value.device, formed=True)
 
     def make(self, name: str, m: int, n: int) -> None:
-        """The estimator of a layer none of whose gradients was seen yet, beside its weight."""
+        """Make the estimator of a layer that has no gradient yet, on the device of its weight if that is known."""
         self.estimators[name] = self._estimator(name, m, n, self._devices.get(name, self.device))
 
     def _estimator(self, name: str, m: int, n: int, device: torch.device, formed: bool = False) -> Estimator:
+        """A new estimator; `formed` is True if autograd forms the gradient. ValueError if the rank is too large."""
         rank = self.wanted[name]
         if rank > min(m, n):
             raise ValueError(
@@ -126,7 +140,7 @@ class Collector:
         return make_estimator(spec, self._config, self._micro_batches, self._many, self._ring(device), formed)
 
     def _ring(self, device: torch.device) -> StagingRing | None:
-        """The ring through which dense buffers in host memory are summed, if they are wanted there."""
+        """The staging ring of `device` if dense buffers are in host memory, else None."""
         if self._config.buffer_device != "cpu" or device.type != "cuda":
             return None
         if device not in self._rings:
@@ -135,9 +149,13 @@ class Collector:
         return self._rings[device]
 
     def absorb(self, loss_of: Callable[[], Tensor], taps: Taps, anywhere: Callable[[bool], bool]) -> None:
-        """One micro-batch: forward, backward, and every target's update on the way.
+        """Process one micro-batch: forward and backward, in which the taps update the estimators.
 
-        What is done `anywhere` among the ranks that compute it together, all of them do.
+        `anywhere` tells whether a condition is true on any of the ranks that compute the micro-batch together: all of
+        them repeat a float16 backward if one has to.
+
+        Raises:
+            ValueError: the function that computes the loss ran backward itself.
         """
         self._summed = set()
         loss = loss_of()
@@ -150,7 +168,7 @@ class Collector:
         self._close_micro_batch()
 
     def next_micro_batch(self) -> None:
-        """What was seen since the last call was one micro-batch; nothing was none."""
+        """Count the gradients since the last call as one micro-batch, if there were any."""
         if self._flags:
             self._close_micro_batch()
 
@@ -167,16 +185,16 @@ class Collector:
     def _backward(self, loss: Tensor, taps: Taps) -> None:
         self._calls.clear()
         taps.backward(loss)
-        for ring in self._rings.values():  # the caller may write anew into what the layers were fed
+        for ring in self._rings.values():  # the caller may overwrite the batch's memory from here on
             ring.join()
 
     def _backward_float16(
         self, loss: Tensor, loss_of: Callable[[], Tensor], taps: Taps, anywhere: Callable[[bool], bool]
     ) -> None:
-        """Backward of a scaled loss, so that small gradients do not vanish, and again smaller where they overflow.
+        """Run backward of a scaled loss, so that small float16 gradients do not underflow.
 
-        What a layer has summed already in an earlier try is left out of the next. Scales are powers of two, so that
-        weighting them out again is exact.
+        Where gradients overflow, forward and backward run again with a smaller scale. A gradient that an estimator has
+        summed in an earlier try is left out of the next. Scales are powers of two, so dividing by them is exact.
         """
         value = abs(float(loss.detach()))
         usable = math.isfinite(value)
@@ -195,9 +213,9 @@ class Collector:
 
     @property
     def micro_batches(self) -> int:
-        """How many there were."""
+        """How many micro-batches this rank has processed."""
         return len(self._finite)
 
     def skipped_batches(self) -> int:
-        """Micro-batches in which some layer met NaN or Inf."""
+        """How many micro-batches had a NaN or Inf in the gradient of some layer."""
         return sum(not all(bool(flag) for flag in flags.values()) for flags in self._finite)

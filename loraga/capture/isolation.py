@@ -1,4 +1,4 @@
-"""A model held still while it is looked at: nothing random, nothing learned, and everything put back afterwards."""
+"""Contexts in which a model computes gradients without randomness and without changes that remain afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loraga.integrations.bitsandbytes import is_bitsandbytes
 
 @contextmanager
 def rng_untouched() -> Iterator[None]:
-    """Put the global generators of Python, NumPy and torch (CPU and CUDA) back on leaving."""
+    """Restore the state of the global generators of Python, NumPy and torch (CPU and CUDA) on leaving."""
     python, host = random.getstate(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     numpy = sys.modules.get("numpy")
@@ -35,15 +35,17 @@ def rng_untouched() -> Iterator[None]:
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """Freeze parameters and switch off what is random or keeps statistics, for the time of the context.
+    """Freeze the parameters of `model` and switch off what is random or updates statistics, inside the context.
 
-    All modules are put into eval mode (no dropout, BatchNorm statistics stand still) except where training mode is
-    what makes the code path work: modules that checkpoint activations only while training (transformers), recurrent
-    layers, whose cuDNN backward exists only in training mode, and layers of bitsandbytes. On those the dropout rates
-    are zero instead. torch's own transformer layers keep to their ordinary path: in eval mode with nothing to train
-    they would take one for inference, which calls no layer or passes nested tensors. What torch.compile made runs as
-    it was written. Gradients are enabled also where the caller had disabled them. Modes, `requires_grad` and rates are
-    as before afterwards, whatever happens inside.
+    All modules are put into eval mode, in which dropout does nothing and BatchNorm does not update its statistics. Some
+    modules need training mode to work: those of transformers that checkpoint activations only while training, recurrent
+    layers, whose cuDNN backward exists only in training mode, and layers of bitsandbytes. They stay in training mode,
+    and their dropout rates are set to zero.
+
+    torch's own transformer layers have a fast path for inference, which they would choose in eval mode without trained
+    parameters. It does not call the linear layers or passes nested tensors to them, so it is switched off. Compiled
+    modules run without compilation. Gradients are enabled also where the caller disabled them. On leaving, also with an
+    error, modes, `requires_grad` and rates are restored.
     """
     with ExitStack() as undo:
         checkpointing = False
@@ -58,7 +60,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad:
-                    # by name: accelerate makes offloaded parameters anew in every forward
+                    # by name, because accelerate creates new parameter objects for offloaded weights in every forward
                     undo.callback(_require_grad, module, name)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -68,16 +70,16 @@ def isolated(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
-        # what `module.compile()` made knows no hooks, and would be compiled anew around each of them
+        # code that `module.compile()` made before calls no hooks, and would be compiled again for each hook
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 @contextmanager
 def preserved_gradients(model: nn.Module) -> Iterator[None]:
-    """Put `.grad`, `requires_grad` and buffers back on leaving, whatever code of the caller's does to them.
+    """Restore `.grad`, `requires_grad` and buffers on leaving, whatever the caller's code does to them inside.
 
-    Meanwhile no parameter has a gradient, so that clearing or clipping them touches none of the caller's.
+    Inside, every `.grad` is None at first, so code that clears or clips gradients does not change the caller's.
     """
     with ExitStack() as undo:
         undo.callback(remember_values(model.buffers()))
@@ -94,17 +96,19 @@ def _require_grad(module: nn.Module, name: str) -> None:
         parameter.requires_grad_(True)
 
 
-def _zero_rates(owner: Any, later: Callable[..., Any]) -> None:
+def _zero_rates(owner: Any, undo_by: Callable[..., Any]) -> None:
+    """Set the dropout and layerdrop rates of `owner` to zero; `undo_by` is given the calls that restore them."""
     for key, value in list(getattr(owner, "__dict__", {}).items()):
         if isinstance(value, float) and ("dropout" in key or "layerdrop" in key) and value != 0.0:
-            later(setattr, owner, key, value)
+            undo_by(setattr, owner, key, value)
             setattr(owner, key, 0.0)
 
 
 def _let_gradients_start_at_embeddings(model: nn.Module, undo: ExitStack) -> None:
-    """Reentrant checkpointing builds no graph for blocks whose inputs need no gradient.
+    """Make the outputs of all input embeddings require a gradient.
 
-    Every part is asked for its own: encoder and decoder, or image and text, may start at different ones.
+    Reentrant checkpointing builds no graph for a block whose inputs need no gradient. Every module is asked for its
+    input embeddings, because encoder and decoder, or image and text, may start at different ones.
     """
 
     def require(_module: nn.Module, _args: Any, output: Any) -> None:

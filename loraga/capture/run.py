@@ -1,4 +1,4 @@
-"""Run batches through a tapped model and collect what the estimators made of them."""
+"""Run batches through a model with taps, merge the estimators over ranks and finish them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,20 @@ from loraga.estimators import BFLOAT16_LIMIT, Estimate, finish, merge
 
 @dataclass
 class Estimation:
-    """Estimates by layer name, and how they came about.
+    """Estimates by layer name, and counts of what they were made from.
 
-    `updates` counts the calls of a layer that brought a gradient, `skipped` those left out for NaN or Inf. All counts
-    are over all ranks; `state_bytes` and `reduced_bytes` are this rank's.
+    Counts are sums over all ranks; `state_bytes` and `reduced_bytes` are those of this rank.
+
+    Attributes:
+        estimates (`dict[str, Estimate]`): factors and energy of every layer that got a gradient.
+        updates (`dict[str, int]`): number of gradients that each layer got.
+        skipped (`dict[str, int]`): how many of these were left out because of NaN or Inf.
+        called (`set[str]`): layers whose forward ran.
+        micro_batches, skipped_batches (`int`): how many there were, and how many had NaN or Inf in some layer.
+        state_bytes (`int`): memory of all estimators.
+        ranks (`int`): number of ranks.
+        reduced_bytes (`int`): payload of this rank's collectives.
+        seconds (`dict[str, float]`): time by part: "gradients", "factors" and, with several ranks, "merging".
     """
 
     estimates: dict[str, Estimate]
@@ -50,13 +60,13 @@ class Request:
     """What to estimate.
 
     Attributes:
-        wanted (`dict[str, int]`): singular triplets by layer. A stack of experts has a name for each of them, see
-            `WeightGradient.parts`.
-        targets (`dict[str, nn.Module]`): linear layers, whose gradient is the product of a pair that a tap sees.
-        weights (`dict[str, WeightGradient]`): weights whose gradient autograd forms. It is summed in dense buffers,
-            also with `init.estimator="streaming"` (float32 then).
+        wanted (`dict[str, int]`): number of singular triplets by layer. A stack of experts has a name for each expert,
+            see `WeightGradient.parts`.
+        targets (`dict[str, nn.Module]`): linear layers. A tap receives x and dy, whose product is their gradient.
         init (`InitConfig`): estimator and buffers.
         seed (`int`): of the sketches.
+        weights (`dict[str, WeightGradient]`): weights whose gradient autograd forms. It is summed in dense buffers, in
+            float32 buffers with `init.estimator="streaming"`.
     """
 
     wanted: Mapping[str, int]
@@ -68,7 +78,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Batches:
-    """What to estimate it from: at most `max_batches` batches of `loader`, whose loss is `loss_fn(model, batch)`."""
+    """What to estimate from: at most `max_batches` batches of `loader`, each with the loss `loss_fn(model, batch)`."""
 
     loader: Iterable[Any]
     loss_fn: LossFn | None = None
@@ -77,13 +87,14 @@ class Batches:
 
 
 def estimate(model: nn.Module, request: Request, batches: Batches, ranks: Ranks) -> Estimation:
-    """Factors of the mean gradient over `batches` of every target. `model` is left as it was.
+    """Factors of the mean gradient over `batches` for every target. Afterwards `model` is as it was.
 
-    Every one of `ranks` brings its own batches. The mean is over all of them, and the factors are the same bits on all.
+    Every one of `ranks` has its own batches. The mean is over the batches of all ranks, and all ranks return the same
+    bits.
 
     Raises:
-        ValueError: no batch came, a batch has no usable loss, no target saw a gradient, every batch had NaN or Inf, or
-            ranks do not agree on what to estimate.
+        ValueError: the loader is empty, a batch has no usable loss, no target got a gradient, every batch had NaN or
+            Inf, or the ranks have different requests.
         TypeError: a batch is no mapping and there is no `loss_fn`.
         RankFailed: another rank raised.
     """
@@ -118,16 +129,16 @@ def estimate(model: nn.Module, request: Request, batches: Batches, ranks: Ranks)
 
 
 def estimate_step(model: nn.Module, request: Request, step: Callable[[], Any], ranks: Ranks) -> Estimation:
-    """As `estimate`, of a callback that runs forward and backward itself, as often as it likes.
+    """Like `estimate`, for a callback that runs forward and backward itself, any number of times.
 
-    Every backward call is one micro-batch. `step` finds the model, which must not be sharded, as `isolated` leaves it:
-    no dropout, and nothing to train, so that backward computes no weight gradient. It finds no gradient at any
-    parameter. It may change modes, and clear or clip gradients. All of that is put back. float16 losses go backward as
-    `step` scales them.
+    Every backward call is one micro-batch. The model must not be sharded. While `step` runs, the model is `isolated`:
+    there is no dropout, and no parameter requires a gradient, so backward computes no weight gradient. No parameter has
+    a `.grad` at the start. `step` may change modes, and clear or clip gradients; all of that is restored. loraga does
+    not scale a float16 loss here, `step` must do that.
 
     Raises:
-        ValueError: `step` ran no backward that reached a target, all of them had NaN or Inf, or ranks do not agree on
-            what to estimate.
+        ValueError: `step` ran no backward that reached a target, every one had NaN or Inf, or the ranks have different
+            requests.
         RankFailed: another rank raised.
     """
     _agree(request, ranks, together=False)
@@ -146,6 +157,7 @@ def estimate_step(model: nn.Module, request: Request, step: Callable[[], Any], r
 
 
 def _agree(request: Request, ranks: Ranks, together: bool) -> None:
+    """Raise ValueError unless all ranks have the same request, and all or none of them a sharded model."""
     ranks.agree(
         targets=tuple(request.wanted.items()),
         weights=tuple(request.weights),
@@ -157,18 +169,25 @@ def _agree(request: Request, ranks: Ranks, together: bool) -> None:
 
 @dataclass
 class _Counts:
-    """What all ranks together took in. Layers without a gradient are in none but `called`."""
+    """Sums over all ranks. `updates` and `skipped` have only layers that got a gradient on some rank."""
 
     batches: int
     skipped_batches: int
     updates: dict[str, int]
     skipped: dict[str, int]
     called: set[str]
-    loss_scale: float  # that the merged sums carry
+    loss_scale: float  # factor that the merged sums include
 
 
 def _counted(collector: Collector, called: set[str], ranks: Ranks) -> _Counts:
-    """Sum up over ranks, and make estimators of layers that only other ranks saw."""
+    """Sum the counts of all ranks. Every rank then has an estimator of each layer that got a gradient on any rank.
+
+    Each rank sends one row per layer: updates, skipped updates, whether its forward ran, m and n. A row before them has
+    the rank's micro-batches, its skipped ones and the exponent of its loss scale. The merged sums get the smallest
+    scale, so a rank's sums are multiplied by at most 1 and cannot overflow.
+
+    Raises ValueError if a layer has different shapes on different ranks.
+    """
     exponent = round(math.log2(collector.loss_scale or 1.0))
     rows = [[collector.micro_batches, collector.skipped_batches(), exponent, 0, 0]]
     for name in collector.wanted:
@@ -177,23 +196,23 @@ def _counted(collector: Collector, called: set[str], ranks: Ranks) -> _Counts:
         skipped = int(collector.skipped.get(name, 0))
         rows.append([collector.updates[name], skipped, int(name in called), m, n])
     tables = ranks.gather(rows, collector.device)
-    heads = [table[0] for table in tables]
+    totals = [table[0] for table in tables]
     counts = _Counts(
-        batches=sum(head[0] for head in heads),
-        skipped_batches=sum(head[1] for head in heads),
+        batches=sum(of_rank[0] for of_rank in totals),
+        skipped_batches=sum(of_rank[1] for of_rank in totals),
         updates={},
         skipped={},
         called=set(),
-        loss_scale=2.0 ** min((head[2] for head in heads if head[0]), default=0),
+        loss_scale=2.0 ** min((of_rank[2] for of_rank in totals if of_rank[0]), default=0),
     )
-    for name, *seen in zip(collector.wanted, *(table[1:] for table in tables), strict=True):
-        updates, skipped, calls = (sum(row[column] for row in seen) for column in range(3))
+    for name, *of_ranks in zip(collector.wanted, *(table[1:] for table in tables), strict=True):
+        updates, skipped, calls = (sum(row[column] for row in of_ranks) for column in range(3))
         if calls:
             counts.called.add(name)
         if updates == 0:
             continue
         counts.updates[name], counts.skipped[name] = updates, skipped
-        shapes = {(row[3], row[4]) for row in seen if row[3]}
+        shapes = {(row[3], row[4]) for row in of_ranks if row[3]}
         if len(shapes) > 1:
             raise ValueError(f"Layer {name!r} has different shapes on different ranks: {sorted(shapes)}.")
         if name not in collector.estimators:
@@ -204,7 +223,12 @@ def _counted(collector: Collector, called: set[str], ranks: Ranks) -> _Counts:
 def _conclude(
     collector: Collector, counts: _Counts, ranks: Ranks, started: float, show_progress_bar: bool
 ) -> Estimation:
-    """Merge over ranks what was collected since `started`, and finish it."""
+    """Merge the sums of all ranks, divide them by their number of micro-batches and factorize the means.
+
+    `started` is the `time.perf_counter()` before the first batch.
+
+    Raises ValueError if no layer got a gradient, or every micro-batch had NaN or Inf in all layers.
+    """
     observed = time.perf_counter()
     if not counts.updates:
         raise ValueError(
@@ -221,7 +245,8 @@ def _conclude(
     estimators = {name: collector.estimators[name] for name in counts.updates}
     merge(ranks, estimators, counts.loss_scale / (collector.loss_scale or 1.0))
     merged = time.perf_counter()
-    # each micro-batch weighs the same, left out ones nothing
+    # A layer's mean is over the micro-batches without NaN or Inf. If a layer was called several times per micro-batch,
+    # a skipped call counts as its share of a micro-batch.
     summed = {name: counts.batches * (1 - counts.skipped[name] / counts.updates[name]) for name in estimators}
     divisors = {name: max(count, 1.0) * counts.loss_scale for name, count in summed.items()}
     bar = tqdm(total=len(estimators), desc="loraga: factors", unit="layer", disable=not show_progress_bar)
@@ -245,7 +270,7 @@ def _conclude(
 
 
 def _of_first_rank(estimates: dict[str, Estimate], ranks: Ranks) -> dict[str, Estimate]:
-    """Rank 0's results on every rank."""
+    """Replace the results of every rank by those of rank 0, whose bits may differ on different hardware."""
     if ranks.size == 1:
         return estimates
     tensors = [t for e in estimates.values() for t in (e.factors.U, e.factors.S, e.factors.Vh)]

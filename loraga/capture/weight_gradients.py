@@ -1,7 +1,8 @@
-"""Gradients that autograd forms itself, taken as soon as each exists.
+"""Gradients that autograd forms itself, received one at a time.
 
-A layer whose weight gradient is no product of its input and output gradient (convolutions, embeddings, custom modules)
-is not covered by the taps. Its gradient is formed, handed over and freed before the next one comes.
+Taps cannot be used for a layer whose weight gradient is not the product of its input and output gradient (convolutions,
+embeddings, custom modules). Autograd forms the gradient of such a layer, a callback receives it, and its memory is
+freed before autograd forms the next one.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from torch import Tensor, nn
 
 Receive = Callable[[str, Tensor], None]
 
-# the first index of their weight is that of the input, not of the output
+# the first dimension of their weight counts inputs, not outputs
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def weight_matrix(module: nn.Module, parameter: str = "weight") -> nn.Parameter | None:
-    """The weight of a layer that can be seen as a matrix (m, n) = (its first size, all others), or None.
+    """The weight of a layer as a parameter that can be read as a matrix (m, n), or None if it cannot be.
 
-    It must be an ordinary floating parameter with storage: not quantized, not sharded, not computed from others.
+    m is its first size and n the product of all others. It must be an ordinary floating-point parameter with storage:
+    not quantized, not sharded, not computed from other parameters, and of 2 bytes per number or more.
     """
     weight = module._parameters.get(parameter)
     if type(weight) is not nn.Parameter or weight.is_meta or weight.dim() < 2 or isinstance(module, _TRANSPOSED):
@@ -36,11 +38,11 @@ class WeightGradient:
     """A parameter whose gradient autograd forms, and how it is read as matrices (m, n).
 
     Attributes:
-        module (`nn.Module`): holds it.
-        parameter (`str`): its name there.
-        stacked (`bool`): the first size counts experts, each with a matrix of its own; otherwise it is one matrix, its
-            first size by all others.
-        transposed (`bool`): it is stored as (n, m).
+        module (`nn.Module`): the module that the parameter belongs to.
+        parameter (`str`): its name in that module.
+        stacked (`bool`): True if the first size counts experts, each with its own matrix. Otherwise the parameter is
+            one matrix, whose m is the first size and whose n is the product of all others.
+        transposed (`bool`): True if each matrix is stored as (n, m).
     """
 
     module: nn.Module
@@ -50,11 +52,11 @@ class WeightGradient:
 
     @property
     def value(self) -> nn.Parameter:
-        """The parameter as it is now."""
+        """The parameter that the module has at the moment."""
         return self.module.get_parameter(self.parameter)
 
     def parts(self, name: str) -> list[str]:
-        """What the matrices are called in a layer called `name`."""
+        """The names of the matrices of a layer called `name`: "name" for one, "name[0]", "name[1]", ... for more."""
         count = self.value.shape[0] if self.stacked else 1
         return [name] if count == 1 else [f"{name}[{index}]" for index in range(count)]
 
@@ -65,7 +67,7 @@ class WeightGradient:
         return (math.prod(others), first) if self.transposed else (first, math.prod(others))
 
     def matrices(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Views (m, n) or (m, ...) of a tensor of the parameter's shape; a sparse one is made dense."""
+        """Views (m, n) or (m, ...) of a tensor of the parameter's shape; a sparse tensor is made dense first."""
         tensor = tensor.to_dense() if tensor.is_sparse else tensor
         stack = tensor.unbind(0) if self.stacked else (tensor,)
         return tuple(matrix.mT for matrix in stack) if self.transposed else stack
@@ -73,9 +75,13 @@ class WeightGradient:
 
 @contextmanager
 def separate_parameters(weights: Mapping[str, WeightGradient]) -> Iterator[dict[str, nn.Parameter]]:
-    """Give each module a parameter of its own on the storage of its weight; the old ones are back on leaving.
+    """Give each module a new parameter on the storage of its weight; restore the old parameters on leaving.
 
-    A weight that other layers use too (an embedding tied to the output layer) would collect their gradients as well.
+    Several layers may share a weight (an embedding tied to the output layer). Autograd would add the gradients of all
+    of them; with a separate parameter it forms that of the one layer.
+
+    Raises:
+        ValueError: a layer has no weight whose gradient can be taken (see `weight_matrix`).
     """
     with ExitStack() as undo:
         own: dict[str, nn.Parameter] = {}
@@ -91,17 +97,17 @@ def separate_parameters(weights: Mapping[str, WeightGradient]) -> Iterator[dict[
 
 
 class WeightGradientHooks:
-    """Context manager: gradients of `parameters`, one at a time.
+    """Context manager: passes the gradients of `parameters` to `receive`, one at a time.
 
-    Autograd writes a gradient, `receive` gets it, and `.grad` is None again before backward goes on, so that at most
-    one gradient of these parameters exists unless `receive` keeps it. On leaving, `requires_grad`, `.grad` and hooks
-    are as before, whatever happened inside.
+    When autograd has written a gradient, `receive` is called with it, and `.grad` is set to None before backward
+    continues. So at most one gradient of these parameters exists, unless `receive` stores it. On leaving, also with an
+    error, `requires_grad`, `.grad` and hooks are restored.
 
     Args:
-        parameters (mapping of `str` to `nn.Parameter`): whose gradients to take; `requires_grad` is turned on for them.
-        receive (callable): called as receive(name, gradient) within backward, without grad mode, once each time a
-            gradient is complete (several times where reentrant checkpointing runs backward in pieces). The gradient
-            has the shape of the parameter, any strides, and the parameter's dtype; it may be sparse.
+        parameters (mapping of `str` to `nn.Parameter`): by layer; `requires_grad` is turned on for them.
+        receive (callable): called as receive(name, gradient) during backward, without grad mode, each time a gradient
+            is complete. That is once per backward, or several times where reentrant checkpointing runs backward in
+            pieces. The gradient has the shape and dtype of the parameter and any strides; it may be sparse.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], receive: Receive) -> None:

@@ -1,4 +1,4 @@
-"""What loraga finds on this machine: versions, devices, Triton, the native core."""
+"""What `loraga env` prints: versions, devices, and whether Triton and the native core can be used on this machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from loraga.report.report import versions
 
 
 def environment() -> dict[str, Any]:
-    """Everything that decides which code runs, as plain values.
+    """Everything that decides which code of loraga runs here, as plain values for JSON.
 
     Returns:
-        `dict`: `versions` by library (`None` where missing), `devices` (name and description each), `triton` and
-        `native` with `usable` and, where not, `reason`; `native` by device, with `build` beside it.
+        `dict`: `versions` by library (`None` where one is missing), `platform`, `devices` (a description by name),
+        `triton` (`usable`, and `reason` where it is not), and `native` (`devices`, with `usable` and `reason` for each
+        of them, and `build`, the options that it was built with, or `None`).
     """
     devices = _devices()
     native = {name: native_core.why_unavailable(name) for name in devices}
@@ -34,7 +35,7 @@ def environment() -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """`environment()` as text to read."""
+    """The result of `environment` as text."""
     versions_line = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items())
     lines = [versions_line, found["platform"], "devices:"]
     lines += [f"  {name}: {text}" for name, text in found["devices"].items()]
@@ -74,6 +75,6 @@ def _why_no_triton() -> str | None:
         return "torch sees no CUDA device"
     try:
         triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # whatever a driver may raise is the reason
+    except Exception as error:  # a driver may raise any error, and that is the reason
         return " ".join(str(error).split())
     return None

@@ -1,4 +1,4 @@
-"""The command `loraga`: `init` writes an adapter for any trainer, `plan` says what it needs, `env` what is active."""
+"""The command `loraga`: `init` writes an adapter, `plan` predicts what that needs, `env` prints what can be used."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: BaseException) -> int:
-    """Tell what went wrong in one line, and how to exit."""
+    """Print an error as one line on stderr, and return the exit code."""
     if os.environ.get("LORAGA_DEBUG") == "1":
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
@@ -62,7 +62,7 @@ def _failed(error: BaseException) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, as every other error of the command."""
+        """Print wrong usage as one line, as all errors of this command are printed."""
         self.exit(2, f"loraga: error: {message} (see {self.prog} --help)\n")
 
 
@@ -70,7 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="loraga", description="LoRA adapters that start where full fine-tuning would go.")
     parser.add_argument("--version", action="version", version=f"loraga {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{init,plan,env}", title="commands")
+    _add_init(commands)
+    _add_plan(commands)
+    env = commands.add_parser("env", help="print what is active: devices, Triton, native core, versions")
+    env.add_argument("--json", action="store_true", help="as JSON")
+    env.set_defaults(run=_env)
+    return parser
 
+
+def _add_init(commands: Any) -> None:
     init = commands.add_parser(
         "init",
         help="write an adapter initialised from the gradient of a few batches",
@@ -88,7 +96,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     init.add_argument("--output", type=Path, required=True, metavar="DIR", help="adapter folder to write")
     init.add_argument("--overwrite", action="store_true", help="replace DIR if it holds an adapter")
-    adapter = init.add_argument_group("adapter")
+    _add_adapter_options(init.add_argument_group("adapter"))
+    _add_gradient_options(init.add_argument_group("gradient"))
+    _add_recipe_options(init.add_argument_group("recipe"))
+    _add_model_options(init.add_argument_group("model"))
+    init.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
+    init.set_defaults(run=_init)
+
+
+def _add_adapter_options(adapter: Any) -> None:
     adapter.add_argument("--rank", type=_whole, default=16, metavar="R", help="r (default 16)")
     adapter.add_argument("--alpha", type=_positive, metavar="A", help="lora_alpha (default 16 sqrt(r): 64 for rank 16)")
     adapter.add_argument(
@@ -98,12 +114,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="names of the layers, such as q_proj v_proj (default all-linear)",
     )
-    gradient = init.add_argument_group("gradient")
+
+
+def _add_gradient_options(gradient: Any) -> None:
     gradient.add_argument("--max-length", type=_whole, default=512, metavar="N", help="tokens per row (default 512)")
     gradient.add_argument("--batch-size", type=_whole, default=4, metavar="N", help="rows per batch (default 4)")
     gradient.add_argument("--max-batches", type=_whole, default=8, metavar="N", help="batches (default 8)")
     gradient.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw, masking, sketch (default 0)")
-    recipe = init.add_argument_group("recipe")
+
+
+def _add_recipe_options(recipe: Any) -> None:
     recipe.add_argument("--method", choices=METHODS, default="lora-ga", help="default lora-ga")
     recipe.add_argument("--direction", choices=DIRECTIONS, default="ArB2r", help="of the mirror (default ArB2r)")
     recipe.add_argument("--scale", choices=SCALES, default="stable", help="of lora-ga (default stable)")
@@ -111,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument(
         "--start", choices=STARTS, default="mirror", help="of lora-ga: mirrored pairs or B zero (default mirror)"
     )
-    model = init.add_argument_group("model")
+
+
+def _add_model_options(model: Any) -> None:
     model.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the weights"
     )
@@ -119,15 +141,6 @@ def _parser() -> argparse.ArgumentParser:
         "--device", default="auto", metavar="DEVICE", help="such as cuda:1 (default: a GPU if there is one)"
     )
     model.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    init.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
-    init.set_defaults(run=_init)
-
-    _add_plan(commands)
-
-    env = commands.add_parser("env", help="print what is active: devices, Triton, native core, versions")
-    env.add_argument("--json", action="store_true", help="as JSON")
-    env.set_defaults(run=_env)
-    return parser
 
 
 def _add_plan(commands: Any) -> None:
@@ -183,12 +196,12 @@ def _positive(text: str) -> float:
 
 
 def _whole_or_not(number: float) -> float:
-    """An int where it is one: readers of adapters take lora_alpha for a whole number."""
+    """`number`, as an int where it is a whole number, since some readers of adapters take an int only."""
     return int(number) if number.is_integer() else number
 
 
 def _init(args: argparse.Namespace) -> None:
-    """From a model and a file to an adapter folder; what fails early fails before anything large is loaded."""
+    """`loraga init`. Whatever can be checked without the model is checked before the model is loaded."""
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(
             "loraga init is one process, and torchrun started several; run it without, or call loraga.fast_init in a "
@@ -219,7 +232,7 @@ def _init(args: argparse.Namespace) -> None:
             model, batches, _lora_config(args, task), init=init, seed=args.seed, show_progress_bar=not args.quiet
         )
         peft_model.peft_config["default"].base_model_name_or_path = args.model
-        # The embeddings were not resized, so there is no need to look (perhaps on the hub) whether to save them.
+        # without this argument PEFT may ask the hub whether the embeddings were resized; they were not
         peft_model.save_pretrained(folder, save_embedding_layers=False)
         report = peft_model.loraga_report
         report.save(folder / REPORT_FILE)
@@ -235,7 +248,7 @@ def _init(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _as_input_errors() -> Iterator[None]:
-    """What is wrong with a value is what is wrong with the input: exit code 2, and one line."""
+    """Turn a `ValueError` into an `InputError`, for which the command exits with code 2."""
     try:
         yield
     except InputError:
@@ -296,14 +309,14 @@ def _device(name: str) -> Any:
 
 
 def _check_output(target: Path, overwrite: bool, keep: Sequence[Path]) -> None:
-    """Raise unless `target` may be written: it is new or empty, or an adapter to be replaced."""
+    """Raise `InputError` unless `target` is new, empty, or an adapter to overwrite that contains none of `keep`."""
     if target.is_file():
         raise InputError(f"--output {target} is a file; give a folder.")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
         raise InputError(f"--output {target} exists and is not empty; give another folder, or --overwrite.")
-    # Replacing deletes what was there, so never a folder that is something else, or that we read from.
+    # replacing deletes the folder, so it must be an adapter, and must not contain the model or the data
     if not (target / ADAPTER_FILE).is_file():
         raise InputError(f"--output {target} holds no adapter, so --overwrite will not delete it; give another folder.")
     for path in keep:
@@ -354,7 +367,7 @@ def _tell(message: str) -> None:
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Warnings as one line without the place in the source, which says nothing to someone at a shell."""
+    """Print warnings as one line, without the file and line of the source, which do not help at a shell."""
     with warnings.catch_warnings():
         for developers in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", developers)

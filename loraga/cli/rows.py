@@ -1,4 +1,4 @@
-"""Rows of a text file become batches a language model can learn from."""
+"""Reads rows of a text file, and makes batches of them that a language model can learn from."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ class Row:
 
 
 def read_rows(path: Path, count: int, seed: int) -> list[Row]:
-    """Draw `count` rows of a JSON-lines file or a JSON array, at random but the same ones for the same seed.
+    """Draw `count` rows of a JSON-lines file or a JSON array at random; the same seed draws the same rows.
 
-    Files are often sorted, so the first rows would be a poor sample. Every row of the file is checked.
+    The rows are drawn because files are often sorted, so that the first ones are a poor sample. Every row of the file
+    is checked.
 
     Args:
         path (`Path`): each line, or each item of the array, is an object with `text`, with `prompt` and
@@ -58,7 +59,7 @@ def read_rows(path: Path, count: int, seed: int) -> list[Row]:
     drawn: list[tuple[int, Row]] = []
     for index, (line, value) in enumerate(_objects(path)):
         row = _checked(value, f"{path}:{line}")
-        # Reservoir sampling: memory holds `count` rows however long the file is.
+        # reservoir sampling: only `count` rows are in memory, however long the file is
         if len(drawn) < count:
             drawn.append((index, row))
         elif (place := draw.randrange(index + 1)) < count:
@@ -69,7 +70,7 @@ def read_rows(path: Path, count: int, seed: int) -> list[Row]:
 
 
 def _objects(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of each row; a file whose first character is "[" is one array."""
+    """(line number, value) of each row. A file whose first character is "[" is read as one JSON array."""
     try:
         with path.open("rb") as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -103,7 +104,7 @@ def _parsed(text: str, path: Path, number: int) -> Any:
 
 
 def _items(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """Items of a JSON array one by one, so that each is known by its line."""
+    """(line number, value) of each item of a JSON array."""
     decoder = json.JSONDecoder()
     line, counted = 1, 0
     position = _skip(text, _skip(text, 0) + 1)
@@ -168,13 +169,13 @@ def _type(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one row, and for each the label that the loss looks at (or `IGNORED`)."""
+    """Token ids of one row, and the labels for the loss; a token with the label `IGNORED` is not in the loss."""
 
     input_ids: list[int]
     labels: list[int]
 
     def learns(self, task: str) -> bool:
-        """Whether any label counts; a causal model has nothing to predict the first token from."""
+        """Whether the loss has any token. A causal model does not predict the first one, so that one does not count."""
         return any(label != IGNORED for label in self.labels[1 if task == "causal" else 0 :])
 
 
@@ -183,10 +184,10 @@ def make_batches(
 ) -> tuple[list[dict[str, torch.Tensor]], list[str]]:
     """Tokenise rows and put them into padded batches.
 
-    Where the loss looks: every token of `text`; the completion only (and the end token) of `prompt` and `completion`;
-    the assistant's turns of `messages` if the chat template marks them, else the whole conversation. A masked model
-    gets 15 % of the tokens of `text` masked as BERT was trained (arXiv 1810.04805: of these 80 % become the mask
-    token, 10 % a random one, 10 % stay).
+    Tokens in the loss: every token of `text`; the completion and the end token of `prompt` and `completion`; the
+    assistant's turns of `messages` if the chat template marks them, else the whole conversation. For a masked model
+    15 % of the tokens of `text` are in the loss, as in the training of BERT (arXiv 1810.04805): of these 80 % are
+    replaced by the mask token, 10 % by a random token, and 10 % stay.
 
     Args:
         rows (iterable of `Row`): examples.
@@ -225,7 +226,7 @@ class _Encoder:
     def __init__(self, tokenizer: Any, task: str, max_length: int, seed: int) -> None:
         import torch
 
-        self.notes: dict[str, None] = {}  # a set that keeps its order
+        self.notes: dict[str, None] = {}  # the keys are the notes; a set would not keep their order
         self._tokenizer, self._task, self._max_length = tokenizer, task, max_length
         self._generator = torch.Generator().manual_seed(seed)
         if task == "masked" and tokenizer.mask_token_id is None:
@@ -260,7 +261,7 @@ class _Encoder:
         return list(encoded["input_ids"])
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """Cut off at the largest length, or with the end token that a trainer would add."""
+        """`ids` with the end token that a trainer would add, cut off at the largest length."""
         end = self._tokenizer.eos_token_id
         if ids and end is not None and ids[-1] != end:
             ids = [*ids, end]
@@ -283,7 +284,7 @@ class _Encoder:
                 truncation=True,
                 max_length=self._max_length,
             )
-        except Exception as error:  # a template is a program of the model's author and may raise anything
+        except Exception as error:  # a template is code by the model's author, and may raise any error
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{row.where}: the chat template does not take these messages: {reason}") from error
         ids = list(encoded["input_ids"])

@@ -1,9 +1,13 @@
-"""Several processes, one adapter: what ranks tell each other.
+"""Several processes make one adapter: the communication between ranks.
 
-Two ways of talking are used for two purposes. Whether everybody is well goes through the key-value store that every
-process group starts from: a rank that fails leaves its message there and raises at once, without waiting for anybody,
-and can never be caught in a collective that the others are not in. Numbers go through the process group's collectives,
-each of them entered only when all ranks have said that they are there.
+Errors and numbers are exchanged in different ways. Errors go through the key-value store that every process group has:
+a rank that fails writes its message there and raises at once, and does not wait for other ranks. Numbers go through the
+collectives of the process group. Before each collective all ranks meet through the store, so no rank waits in a
+collective that another rank does not enter.
+
+Meetings are numbered. The store has these keys: "at/<rank>" is the last meeting that a rank came to; "count/<meeting>"
+counts the ranks that came, plus `_VOTE` for each vote; "gate/<meeting>" is set by the last rank that comes, to the sum
+of votes, or by a rank that fails, to its error; "facts" is what rank 0 was asked to do.
 """
 
 from __future__ import annotations
@@ -24,28 +28,30 @@ from torch import Tensor
 log = logging.getLogger("loraga")
 T = TypeVar("T")
 
-# one exchange is at most this large, or one layer
+# upper limit for the bytes of one exchange, unless a single layer has more
 EXCHANGE_BYTES = 32 * 2**20
-# after so many seconds of waiting, say for whom
+# after so many seconds of waiting, a warning names the missing ranks
 _PATIENCE = 30.0
+# one call waits for a key at most so long, because Ctrl-C has no effect during the call
 _SLICE = datetime.timedelta(seconds=5)
+# added to the count of a meeting for each vote; larger than any number of ranks, so both can be read from one number
 _VOTE = 2**32
 _END: Any = object()
 
 
 class RankFailed(RuntimeError):
-    """Another rank stopped with an error, or did not come; its number and error text are in the message."""
+    """Another rank stopped with an error or did not come to a meeting. The message has its number and error text."""
 
 
 class Ranks:
-    """The processes that make one adapter together: context manager around a call that every one of them makes.
+    """The processes that make one adapter together: a context manager around a call that every rank makes.
 
-    Leaving it with an error tells the other ranks, which raise `RankFailed` where they next look or wait. Outside
-    torch.distributed, and alone in it, nothing is exchanged and nobody waited for.
+    If a rank leaves it with an error, the other ranks raise `RankFailed` when they next call a method that checks for
+    errors. With one process, with or without torch.distributed, nothing is exchanged and no method waits.
 
     Attributes:
-        size (`int`): how many there are.
-        index (`int`): which one this is.
+        size (`int`): number of ranks.
+        index (`int`): number of this rank, from 0.
         reduced_bytes (`int`): payload of the tensors that this rank put into collectives so far.
     """
 
@@ -54,45 +60,45 @@ class Ranks:
         self._met = 0
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.size, self.index = dist.get_world_size(), dist.get_rank()
-            store = dist.distributed_c10d._get_default_store()  # there is no public way to it
-            # that of the process group, which the store was made with
-            self._timeout = store.timeout  # type: ignore[attr-defined]
-            call = store.add(f"loraga/calls/{self.index}", 1)
-            self._store = dist.PrefixStore(f"loraga/{call}/", store)
+            store: Any = dist.distributed_c10d._get_default_store()  # torch has no public function for it
+            self._timeout: datetime.timedelta = store.timeout  # the timeout of the process group
+            call: int = store.add(f"loraga/calls/{self.index}", 1)  # keys of an earlier call must not be read
+            self._store = dist.distributed_c10d.PrefixStore(f"loraga/{call}/", store)
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that speaks: shows progress, warns, writes files."""
+        """Whether this is rank 0, which shows progress, warns and writes files."""
         return self.index == 0
 
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self.size == 1 or error is None or isinstance(error, RankFailed):
             return
-        if isinstance(error, RuntimeError):  # perhaps only because another rank left a collective of the forward
+        # A RuntimeError can be a consequence of another rank's error, which broke a collective of the model's forward.
+        if isinstance(error, RuntimeError):
             try:
-                self.look()
+                self.raise_if_failed()
             except RankFailed as first:
                 raise first from error
             except RuntimeError:
-                pass  # the store is gone, too: this rank's own error is what there is to say
-        self._tell(error)
+                pass  # the store is gone, too, so this rank's own error is the only one known
+        self._report(error)
 
-    def _tell(self, error: BaseException) -> None:
-        """Leave word of `error` where the others will look next; no rank can have passed there."""
-        said = json.dumps({"rank": self.index, "error": f"{type(error).__name__}: {error}"})
+    def _report(self, error: BaseException) -> None:
+        """Write `error` to the gate of the next meeting, which no rank can have passed without this one."""
+        message = json.dumps({"rank": self.index, "error": f"{type(error).__name__}: {error}"})
         try:
-            self._store.set(self._gate(self._met + 1), said)
+            self._store.set(self._gate(self._met + 1), message)
         except RuntimeError:
             log.warning("rank %d could not tell the other ranks of its error", self.index)
 
     def meet(self, votes: int = 0) -> int:
-        """Wait until every rank has come here; the sum of everybody's `votes`.
+        """Wait until every rank has called this; returns the sum of the `votes` of all ranks.
 
         Raises:
-            RankFailed: a rank stopped with an error, or did not come within the process group's timeout.
+            RankFailed: a rank stopped with an error, or did not call this within the process group's timeout.
         """
         if self.size == 1:
             return votes
@@ -103,21 +109,22 @@ class Ranks:
             if count % _VOTE == self.size:
                 self._store.set(self._gate(self._met), json.dumps({"votes": count // _VOTE}))
             self._wait(self._gate(self._met))
-            return self._read(self._met)["votes"]
+            total: int = self._read(self._met)["votes"]
+            return total
         except dist.DistNetworkError as error:
             raise RankFailed(f"Rank {self.index} lost the rank that keeps the process group's store: {error}") from None
 
     def any(self, here: bool) -> bool:
-        """Is it so on any rank?"""
+        """Whether `here` is true on any rank; waits for all ranks."""
         return self.meet(votes=here) > 0
 
-    def look(self) -> None:
-        """Raise `RankFailed` if a rank is known to have failed; nobody is waited for."""
+    def raise_if_failed(self) -> None:
+        """Raise `RankFailed` if a rank has reported an error; does not wait for other ranks."""
         if self.size > 1 and self._store.check([self._gate(self._met + 1)]):
             self._read(self._met + 1)
 
     def agree(self, **facts: Hashable) -> None:
-        """Raise `ValueError` unless every rank brings the same facts; waits for rank 0."""
+        """Raise `ValueError` unless every rank calls this with the same facts; waits for all ranks."""
         if self.size == 1:
             return
         mine = {key: repr(value) for key, value in facts.items()}
@@ -132,19 +139,20 @@ class Ranks:
             )
 
     def batches(self, loader: Iterable[T], together: bool) -> Iterator[T]:
-        """What `loader` gives, as long as no rank is known to have failed.
+        """Yield the batches of `loader`, and check before each of them whether another rank failed.
 
-        With `together`, for models whose forward waits for the other ranks (sharded ones), no rank starts on a batch
-        before all of them have one.
+        `together` is for models whose forward waits for the other ranks (sharded models): a batch is yielded only when
+        every rank has one.
 
         Raises:
-            ValueError: with `together`, loaders of different length.
+            ValueError: with `together`, the loaders have different lengths.
+            RankFailed: another rank reported an error.
         """
         batches = iter(loader)
         for taken in itertools.count():
             batch = next(batches, _END)
             if not together:
-                self.look()
+                self.raise_if_failed()
             elif 0 < (ended := self.meet(votes=batch is _END)) < self.size:
                 raise ValueError(
                     f"The loaders of {ended} of {self.size} ranks (this one {'too' if batch is _END else 'not'}) ended "
@@ -156,7 +164,7 @@ class Ranks:
             yield batch
 
     def gather(self, numbers: Sequence[Sequence[int]], device: torch.device) -> list[list[list[int]]]:
-        """Every rank's table of whole numbers, all of one shape, by rank."""
+        """The tables of integers of all ranks, in the order of ranks; all have one shape."""
         if self.size == 1:
             return [[list(row) for row in numbers]]
         mine = torch.tensor(numbers, dtype=torch.int64, device=_reachable(device))
@@ -165,19 +173,19 @@ class Ranks:
         return [table.tolist() for table in tables]
 
     def sum_(self, value: Tensor) -> None:
-        """Sum over ranks, in place; the same bits on all of them."""
+        """Replace `value` by its sum over ranks, in place; all ranks get the same bits."""
         if self.size == 1:
             return
-        there = value.to(_reachable(value.device))
-        self._exchange(there, lambda: dist.all_reduce(there))
-        if there is not value:
-            value.copy_(there)
+        payload = value.to(_reachable(value.device))
+        self._exchange(payload, lambda: dist.all_reduce(payload))
+        if payload is not value:
+            value.copy_(payload)
 
     def from_first_(self, values: Sequence[Tensor]) -> None:
-        """Overwrite tensors of one dtype by rank 0's, in place.
+        """Overwrite tensors of one dtype by those of rank 0, in place.
 
-        All ranks did the same on the same bits, but not always on the same hardware: the last digits of a
-        factorization may differ between kinds of processors, and adapters that differ would drift apart in training.
+        All ranks computed them from the same bits, but perhaps on different hardware, where the last digits of a
+        factorization may differ. Data-parallel training would never make the adapters equal again.
         """
         if self.size == 1:
             return
@@ -188,17 +196,17 @@ class Ranks:
                 value.copy_(part.view(value.shape))
 
     def _exchange(self, payload: Tensor, collective: Callable[[], object]) -> None:
-        """Enter a collective together.
+        """Meet, then run a collective on `payload`.
 
         Raises:
-            RankFailed: it broke off, as it does when a rank's process is killed. (With nccl the host does not wait in
-                it: there it is nccl's own watchdog that ends the process.)
+            RankFailed: the collective failed, which it does when the process of a rank is killed. (With nccl the host
+                does not wait in a collective, and nccl's own watchdog ends the process.)
         """
         self.meet()
         try:
             collective()
         except RuntimeError as error:
-            self._tell(error)
+            self._report(error)
             raise RankFailed(
                 f"Rank {self.index} could not exchange numbers with the other ranks; one of them may be gone: {error}"
             ) from error
@@ -208,13 +216,14 @@ class Ranks:
         return f"gate/{number}"
 
     def _read(self, number: int) -> dict[str, Any]:
-        said = json.loads(self._store.get(self._gate(number)))
-        if "error" in said:
-            raise RankFailed(f"Rank {said['rank']} stopped with {said['error']}")
-        return said
+        """The message at a gate that is set; raises `RankFailed` if it is an error."""
+        message: dict[str, Any] = json.loads(self._store.get(self._gate(number)))
+        if "error" in message:
+            raise RankFailed(f"Rank {message['rank']} stopped with {message['error']}")
+        return message
 
     def _wait(self, key: str) -> None:
-        """In slices, so that Ctrl-C is heard meanwhile."""
+        """Wait for `key` in many short calls, so that Ctrl-C works between them."""
         began, limit, warned = time.monotonic(), self._timeout.total_seconds(), False
         while True:
             try:
@@ -240,24 +249,24 @@ class Ranks:
                     )
 
     def _missing(self) -> str:
-        """Which ranks are behind this one."""
-        behind = []
+        """The ranks that have not come to this rank's last meeting, such as "ranks 1, 3"."""
+        missing = []
         for rank in range(self.size):
             key = f"at/{rank}"
             if not self._store.check([key]) or int(self._store.get(key)) < self._met:
-                behind.append(str(rank))
-        return f"rank{'s' if len(behind) > 1 else ''} {', '.join(behind)}"
+                missing.append(str(rank))
+        return f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
 
 
 def _difference(here: str, there: str) -> str:
-    """Both texts from a little before they part."""
+    """Both texts, from 40 characters before the first difference on."""
     common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(here, there, strict=False)))
     start = max(common - 40, 0)
     return f"{'...' * (start > 0)}{here[start:][:100]} here, {there[start:][:100]} there"
 
 
-def chunks(values: Iterable[T], size_of: Any, limit: int) -> Iterator[list[T]]:
-    """Runs of `values` whose sizes add up to no more than `limit`, or single ones."""
+def chunks(values: Iterable[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Cut `values` into lists whose sizes add up to at most `limit`; a larger value is a list of its own."""
     chunk: list[T] = []
     total = 0
     for value in values:
@@ -276,6 +285,6 @@ def _bytes(value: Tensor) -> int:
 
 
 def _reachable(device: torch.device) -> torch.device:
-    """`device`, or one that the process group's backend can talk to (nccl alone knows no host memory)."""
-    kinds = [part.split(":")[0] for part in dist.get_backend_config().split(",")]
-    return device if device.type in kinds else torch.device(kinds[0])
+    """`device`, or another that the process group's backend supports (nccl alone does not support host memory)."""
+    supported = [part.split(":")[0] for part in dist.get_backend_config().split(",")]
+    return device if device.type in supported else torch.device(supported[0])

@@ -1,7 +1,7 @@
-"""Models cut up over processes: which ways of doing so loraga works with, and writing to what is sharded.
+"""Models whose parameters are sharded over processes: checks which sharding is supported, and writes to shards.
 
-FSDP2 (`fully_shard`) gathers a layer's weight inside its forward only, so a tap sees whole activations and nothing of
-the sharding. The other ways are refused, each with what to do instead.
+FSDP2 (`fully_shard`) is supported: it gathers a layer's weight inside its forward only, so a tap receives complete
+activations. The other ways raise an error that says what to do instead.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Does a forward pass wait for other ranks, because each holds a part of the parameters only?"""
+    """Whether each rank has only a part of the parameters, so that a forward pass waits for other ranks."""
     return _fsdp2(model) != [] or any(map(is_distributed, model.parameters()))
 
 
 def is_distributed(value: Any) -> bool:
-    """Is it a `DTensor`?"""
+    """Whether `value` is a `DTensor`."""
     return isinstance(value, Tensor) and hasattr(value, "device_mesh")
 
 
-def _fsdp2(model: nn.Module) -> list:
+def _fsdp2(model: nn.Module) -> list[Any]:
+    """The modules of `model` that `fully_shard` was called on."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -34,10 +35,10 @@ def _fsdp2(model: nn.Module) -> list:
 
 @contextmanager
 def resharded(model: nn.Module) -> Iterator[None]:
-    """Have parameters sharded on entering and on leaving.
+    """Context that shards the parameters of FSDP2 modules again, on entering and on leaving.
 
-    FSDP2 leaves those of the outermost module gathered after a forward without backward, and whatever it was at when a
-    forward is cut short.
+    FSDP2 keeps the parameters of the outermost module gathered after a forward without backward. If an error ends a
+    forward, the modules that ran at that moment keep theirs.
     """
     units = _fsdp2(model)
     try:
@@ -50,7 +51,7 @@ def resharded(model: nn.Module) -> Iterator[None]:
 
 
 def check_sharding(model: nn.Module) -> None:
-    """Raise `ValueError` if the parameters are not there to compute with, as under DeepSpeed ZeRO-3 and FSDP1."""
+    """Raise `ValueError` if parameters cannot be used as they are, as with DeepSpeed ZeRO-3 and FSDP1."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id") and hasattr(parameter, "ds_shape"):
             raise ValueError(
@@ -66,7 +67,7 @@ def check_sharding(model: nn.Module) -> None:
 
 
 def check_injectable(model: nn.Module) -> None:
-    """Raise `ValueError` if an adapter put into `model` now would be left out of its sharding."""
+    """Raise `ValueError` if `fully_shard` was called on `model`: it would not manage an adapter that is added now."""
     if _fsdp2(model):
         raise ValueError(
             "The model is sharded by fully_shard already, which would not know of an adapter added now: its gradients "
@@ -76,14 +77,14 @@ def check_injectable(model: nn.Module) -> None:
 
 
 def check_layers(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
-    """Raise `ValueError` if a target computes a part of its output or of its sum only (tensor parallelism)."""
+    """Raise `ValueError` if a target is tensor-parallel: each rank computes only a part of its output or sum."""
     managed = {id(module) for unit in _fsdp2(model) for module in unit.modules()}
     for name, layer in targets.items():
         weight: Any = getattr(layer, "weight", None)
         parallel = getattr(layer, "_hf_tp_plan", None)
         if parallel is None and is_distributed(weight):
             cuts = [placement for placement in weight.placements if not placement.is_replicate()]
-            # FSDP cuts along one dimension of the mesh, and computes with the whole weight
+            # FSDP shards along one dimension of the mesh, and gathers the weight before it computes
             if len(cuts) > (id(layer) in managed):
                 parallel = ", ".join(map(str, weight.placements))
         if parallel is not None:
@@ -95,7 +96,7 @@ def check_layers(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
 
 
 def filled(like: Any, value: Tensor) -> Tensor:
-    """`value`, which all ranks have, distributed as `like` is; no communication."""
+    """`value`, which all ranks have, with the device mesh and placements of `like`; ranks do not communicate."""
     if not is_distributed(like) or is_distributed(value):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -104,5 +105,6 @@ def filled(like: Any, value: Tensor) -> Tensor:
 
 
 def gathered(value: Any) -> Tensor:
-    """The whole of a tensor that may be sharded; all ranks must ask for it."""
-    return value.full_tensor() if is_distributed(value) else value
+    """All numbers of a tensor that may be sharded; every rank must call this."""
+    full: Tensor = value.full_tensor() if is_distributed(value) else value
+    return full

@@ -1,4 +1,4 @@
-"""Estimators: a stream of (x, dy) in, factors of the mean gradient out."""
+"""Estimators: they take a stream of (x, dy) and return the factors of the mean gradient."""
 
 from loraga.estimators.base import Estimate, Estimator, LayerSpec
 from loraga.estimators.choose import BFLOAT16_LIMIT, make_estimator

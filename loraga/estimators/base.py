@@ -1,4 +1,4 @@
-"""What every estimator takes and gives."""
+"""The interface that all estimators implement, and its data types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from loraga.factors import Factors
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One target layer: its name, gradient shape (m, n), triplets wanted and the device its state lives on."""
+    """One target layer.
+
+    Attributes:
+        name (`str`): the layer's name.
+        m, n (`int`): shape (out_features, in_features) of its gradient.
+        rank (`int`): number of singular triplets to estimate.
+        seed (`int`): key of its random matrices.
+        device (`torch.device`): device of the estimator's state.
+    """
 
     name: str
     m: int
@@ -26,11 +34,11 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is known of a layer's mean gradient when the stream has ended.
+    """The result for one layer, at the end of the stream.
 
     Attributes:
         factors (`Factors`): the leading triplets of the mean over micro-batches.
-        energy (`float`): estimate of the squared Frobenius norm of that mean, never below that of the factors.
+        energy (`float`): estimate of the squared Frobenius norm of that mean, at least that of the factors.
     """
 
     factors: Factors
@@ -38,7 +46,7 @@ class Estimate:
 
 
 class Estimator(Protocol):
-    """Sums the gradients of one layer, without waiting for the device."""
+    """Sums the gradients of one layer. No method makes the host wait for the device."""
 
     @property
     def spec(self) -> LayerSpec:
@@ -46,43 +54,46 @@ class Estimator(Protocol):
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        """The tensors held between updates."""
+        """The tensors that are stored between updates."""
 
     @property
     def state_bytes(self) -> int:
-        """Bytes held between updates."""
+        """Size of `state` in bytes."""
 
     @property
     def exchange_bytes(self) -> int:
-        """Size of the largest tensor that `merging` yields for one layer."""
+        """Size in bytes of the largest tensor that `merging` yields for one layer."""
 
     @property
     def merged_bytes(self) -> int:
-        """Bytes that a rank puts into all-reduces to merge its sums with those of the others (docs/architecture.md)."""
+        """Bytes that a rank sends in all-reduces to merge its sums with the others' (docs/architecture.md)."""
 
     @property
-    def kind(self) -> Hashable:
+    def finish_key(self) -> Hashable:
         """Equal for estimators that can be finished together."""
 
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
-        """Add scale · dyᵀ x for x (T, n), dy (T, m); returns a 0-dim bool tensor, False where NaN or Inf was met."""
+        """Add scale · dyᵀ x for x (T, n), dy (T, m), unless x or dy contains a NaN or Inf.
+
+        Returns a 0-dim bool tensor on the device, which is True if it was added.
+        """
 
     @staticmethod
     def merging(group: Sequence[Any], scale: float) -> Iterator[Tensor]:
-        """Yield tensors, each to be summed over ranks in place before the next is asked for.
+        """Yield tensors; the caller sums each over ranks in place before it asks for the next.
 
-        `group` is estimators of one class, (m, n) and rank. At the end each stands for the sum over ranks of what it
-        stood for, times that rank's `scale`, and takes no more updates.
+        The estimators of `group` have one class, (m, n) and rank. At the end the sum of each is the sum over ranks of
+        that rank's sum times that rank's `scale`. After that they take no more updates.
         """
 
     @staticmethod
     def finish(group: Sequence[Any]) -> tuple[Factors, Tensor]:
-        """Factors and energies (b,) float64 of the sums of `group`, b estimators of one kind, whose state is freed.
+        """Factors and energies of the sums of `group`, b estimators with one `finish_key`. Their state is freed.
 
-        The factors have a leading dimension b.
+        The factors have a leading dimension b; the energies are (b,) float64.
         """
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """`tensors` of one shape along a new first dimension; a single one is not copied."""
+    """Stack `tensors` of one shape along a new first dimension; a single one is not copied."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))

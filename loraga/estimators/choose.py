@@ -1,4 +1,4 @@
-"""Which estimator follows the gradient of a layer."""
+"""The choice of the estimator for a layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from loraga.estimators.dense import Dense
 from loraga.estimators.host_buffers import StagingRing
 from loraga.estimators.streaming import Streaming
 
-# bfloat16 buffers round once per micro-batch; beyond this many their rounding stagnates (docs/numerics.md)
+# A bfloat16 buffer rounds once per micro-batch. After more micro-batches than this, new gradients are too small to
+# change its numbers (docs/numerics.md).
 BFLOAT16_LIMIT = 256
 
 
@@ -22,10 +23,18 @@ def make_estimator(
     ring: StagingRing | None = None,
     formed: bool = False,
 ) -> Estimator:
-    """What follows the gradient of one layer, by what was asked for and what pays.
+    """A new estimator for one layer, of the class that `config` asks for.
 
-    `many`: too many micro-batches may come for a bfloat16 buffer. `formed`: autograd forms the gradient, which a dense
-    buffer sums. `ring`: dense buffers that were asked for lie in host memory.
+    Where `config` asks for streaming and a sketch would not be smaller than the gradient, it is a dense one in float32.
+
+    Args:
+        spec (`LayerSpec`): the layer.
+        config (`InitConfig`): `estimator` and `buffer_dtype` are read.
+        micro_batches (`int` or `None`): of this rank, None if not known.
+        many (`bool`): there may be more than `BFLOAT16_LIMIT` micro-batches, so "auto" buffers are float32.
+        ring (`StagingRing`, *optional*): the buffers of `config.estimator="dense"` and of formed gradients are in host
+            memory and use this ring.
+        formed (`bool`): autograd forms the gradient, so only a dense estimator can sum it.
     """
     if config.estimator == "streaming" and not formed:
         return Streaming(spec, micro_batches) if Streaming.pays(spec) else Dense(spec)

@@ -1,4 +1,4 @@
-"""The dense estimator: the sum of gradients itself, in one buffer per layer."""
+"""The dense estimator: it stores the sum of gradients in one buffer per layer."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from loraga.linalg import truncated_svd
 from loraga.ops import declared
 from loraga.ops.reference import all_finite
 
-# Numbers of a buffer that are widened at a time.
+# Numbers of a buffer that are widened to float32 at a time.
 _BLOCK_NUMBERS = 2**22
 
 
 class Dense:
-    """Factors of a sum of gradients from an m x n buffer.
+    """Computes the factors of a sum of gradients from an m x n buffer.
 
     Args:
         spec (`LayerSpec`): the layer.
-        dtype (`torch.dtype`): of the buffer. bfloat16 rounds once per micro-batch: sound up to about 256 of them.
-        ring (`StagingRing`, *optional*): keep the buffer in host memory and sum through this ring of the device; left
-            out, the buffer is on the device.
+        dtype (`torch.dtype`): of the buffer. bfloat16 rounds once per micro-batch and is accurate up to about 256 of
+            them (docs/numerics.md).
+        ring (`StagingRing`, *optional*): the buffer is in host memory, and the device adds to it through this ring.
+            Without it, the buffer is on the device.
 
     Raises:
         ValueError: the ring's blocks are too small for a row of the buffer.
@@ -40,7 +41,7 @@ class Dense:
         self._ring = ring
 
     @property
-    def kind(self) -> Hashable:
+    def finish_key(self) -> Hashable:
         return Dense, self._dtype, self.spec.m, self.spec.n, self.spec.rank, self.spec.device
 
     @property
@@ -63,14 +64,14 @@ class Dense:
         if self._ring is None:
             return declared.accumulate_(self._g, x, dy, scale)
         finite = all_finite(x) & all_finite(dy)
-        dy = torch.where(finite, dy, torch.nan)  # either every block of rows takes its part in or none does
+        dy = torch.where(finite, dy, torch.nan)  # so that either all blocks of rows are added or none
         self._ring.update(self._host, lambda g, rows: declared.accumulate_(g, x, dy[:, rows], scale), keep=(x, dy))
         return finite
 
     def add(self, gradient: Tensor, scale: float = 1.0) -> Tensor:
-        """As `update`, for a gradient that autograd has formed: m n numbers, in any layout, read once.
+        """Like `update`, for a gradient that autograd has formed: m n numbers, in any memory layout.
 
-        Behind this call the caller's stream may use the gradient's memory anew.
+        After this call the caller's stream may reuse the gradient's memory.
         """
         if gradient.dtype == torch.float64:
             gradient = gradient.float()
@@ -90,7 +91,7 @@ class Dense:
         return self._g if self._ring is None else self._ring.load(self._host)
 
     def _taken(self) -> Tensor:
-        """The buffer, on its device and no longer held here."""
+        """The buffer, on its device. The estimator gives up its own reference."""
         g = self._sum()
         if self._ring is None:
             del self._g
@@ -114,14 +115,15 @@ class Dense:
         spec = group[0].spec
         g = stacked([estimator._taken() for estimator in group])
         factors = truncated_svd(g, spec.rank, seed=[estimator.spec.seed for estimator in group])
-        # never below the factors' own energy, by the same sums
+        # rounding must not make the energy smaller than that of the factors
         return factors, torch.maximum(_energy(g, factors.S[:, 0]), factors.S.double().square().sum(-1))
 
 
 def _energy(g: Tensor, largest: Tensor) -> Tensor:
-    """Squared Frobenius norm (b,) float64 of each matrix of `g` (b, m, n), `largest` (b,) about its spectral norm.
+    """Squared Frobenius norm (b,) float64 of each matrix of `g` (b, m, n).
 
-    Taken in blocks of rows, so that widening them needs little memory.
+    `largest` (b,) is about the spectral norm of each matrix. Entries are divided by it, so that squares neither
+    overflow nor underflow. The sum is taken over blocks of rows, so that their float32 copies need little memory.
     """
     b, _, n = g.shape
     scale = largest.clamp_min(1e-30)

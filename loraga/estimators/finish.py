@@ -1,4 +1,4 @@
-"""The end of the stream: estimators of one shape are finished together, so that small layers share their launches."""
+"""The end of the stream: estimators of one shape are finished together, so that small layers share kernel launches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from loraga.estimators.base import Estimate, Estimator
 from loraga.factors import Factors
 from loraga.linalg.precision import own_precision
 
-# State stacked at a time. What is made of it on the way is a small multiple, and this much already hides its launches.
+# Bytes of state that are stacked at a time. Temporaries need a small multiple of it. Larger chunks are not faster: the
+# time of launches is negligible from here on.
 _CHUNK_BYTES = 2**28
 
 
@@ -21,12 +22,12 @@ def finish(
     divisors: Mapping[str, float],
     advance: Callable[[int], object] = lambda layers: None,
 ) -> dict[str, Estimate]:
-    """What each estimator made of its sum divided by `divisors[name]`, in the order of `estimators`.
+    """Factors and energy of each estimator's sum divided by `divisors[name]`, in the order of `estimators`.
 
-    Estimators of one kind (class, shape, rank, dtype, device) go together in chunks of bounded size, and the state of
-    a chunk is freed before the next is stacked. Nothing waits for a device until all chunks are on their way. The same
-    call gives the same bits; which other layers are there changes a layer's result by no more than rounding, and NaN
-    or Inf in one layer does not reach another.
+    Estimators with one `finish_key` (class, shape, rank, dtype, device) are finished together in chunks of bounded
+    size. The state of a chunk is freed before the next chunk is stacked. The host waits for a device only after all
+    chunks are queued. The same call gives the same bits. The other layers change a layer's result by no more than
+    rounding, and a NaN or Inf in one layer does not change another.
 
     Args:
         estimators (`Mapping[str, Estimator]`): by layer. They cannot be used afterwards.
@@ -50,12 +51,15 @@ def finish(
 def finish_in_chunks(
     estimators: Mapping[str, Estimator], divisors: Mapping[str, float]
 ) -> Iterator[tuple[dict[str, Factors], Tensor]]:
-    """The part of `finish` that waits for nothing: of a chunk of layers, factors by name and energies of the sums."""
+    """The part of `finish` that does not wait for a device.
+
+    Yields for each chunk of layers the factors of the means by name, and the energies (b,) float64 of the sums.
+    """
     for names in _chunks(estimators):
         group = [estimators[name] for name in names]
         with own_precision(group[0].spec.device):
             batch, energy = group[0].finish(group)
-        # copies: a view would hold on to the factors of the whole chunk
+        # copies, because a view would keep the factors of all layers of the chunk in memory
         factors = {
             name: Factors(batch.U[i].clone(), batch.S[i] / divisors[name], batch.Vh[i].clone())
             for i, name in enumerate(names)
@@ -65,11 +69,11 @@ def finish_in_chunks(
 
 
 def _chunks(estimators: Mapping[str, Estimator]) -> Iterator[list[str]]:
-    """Names of layers to finish together."""
-    kinds: defaultdict[Hashable, list[str]] = defaultdict(list)
+    """Yield names of layers to finish together."""
+    groups: defaultdict[Hashable, list[str]] = defaultdict(list)
     for name, estimator in estimators.items():
-        kinds[estimator.kind].append(name)
-    for names in kinds.values():
+        groups[estimator.finish_key].append(name)
+    for names in groups.values():
         count = max(1, _CHUNK_BYTES // estimators[names[0]].state_bytes)
         for start in range(0, len(names), count):
             yield names[start : start + count]

@@ -1,8 +1,9 @@
 """Buffers in host memory, summed on a device through a ring of staging blocks.
 
-The device holds a fixed number of bytes whatever the model's size. An update of a buffer goes block of rows by block of
-rows: fetch, add, write back, each on a queue (CUDA stream) of its own, so that the three overlap with each other and
-with the backward pass. Events order them; the host waits for nothing.
+The staging blocks take a fixed number of bytes on the device, for models of any size. An update of a buffer processes
+one block of rows after the other: it fetches the block, adds to it and writes it back. Each of these three steps has
+its own queue (CUDA stream), so they overlap with each other and with the backward pass. Events order the steps; the
+host does not wait.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_BLOCKS = 3  # one is fetched while one is added to and one is written back
+_BLOCKS = 3  # one is fetched while a second is added to and a third is written back
 
 
 class Queues(Protocol):
@@ -26,14 +27,14 @@ class Queues(Protocol):
     store: Any
 
     def current(self) -> Any:
-        """The queue that the caller's own work goes to."""
+        """The queue on which the caller's operations run."""
 
-    def on(self, queue: Any) -> AbstractContextManager:
-        """Work inside goes to `queue`."""
+    def on(self, queue: Any) -> AbstractContextManager[object]:
+        """Context in which operations run on `queue`."""
 
 
 class CudaQueues:
-    """Three streams beside the current one of a CUDA device."""
+    """Three streams of a CUDA device, none of which is its current one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -42,31 +43,36 @@ class CudaQueues:
     def current(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device)
 
-    def on(self, queue: torch.cuda.Stream) -> AbstractContextManager:
+    def on(self, queue: torch.cuda.Stream) -> AbstractContextManager[object]:
         return torch.cuda.stream(queue)
 
 
 class HostMatrix:
-    """An (m, n) sum in host memory. Between updates only its `StagingRing` may look at it."""
+    """An (m, n) sum in host memory. Only its `StagingRing` may read or write it, because copies may be running.
+
+    Attributes:
+        values (`torch.Tensor`): (m, n) on the CPU, zero at first; pinned where the device is a CUDA device.
+        stored: the event after the last write, None before the first.
+    """
 
     def __init__(self, m: int, n: int, dtype: torch.dtype, pinned: bool) -> None:
         self.values = torch.zeros(m, n, dtype=dtype, device="cpu", pin_memory=pinned)
-        self.stored: Any = None  # the event behind the last write to it
+        self.stored: Any = None
 
 
 class _Block:
     def __init__(self, memory: Tensor, free: Any) -> None:
         self.memory = memory
-        self.free = free  # the event behind its last use
+        self.free = free  # the event after its last use
 
 
 class StagingRing:
-    """Staging blocks of one device, shared by all of its buffers in turn.
+    """Staging blocks of one device, which all buffers of that device use in turn.
 
     Args:
-        device (`torch.device`): whose memory the blocks take.
-        staging_bytes (`int`): of all blocks together.
-        queues (`Queues`, *optional*): left out, CUDA streams.
+        device (`torch.device`): the blocks are in its memory.
+        staging_bytes (`int`): memory of all blocks together.
+        queues (`Queues`, *optional*): the queues of the device; CUDA streams by default.
     """
 
     def __init__(self, device: torch.device, staging_bytes: int, queues: Queues | None = None) -> None:
@@ -75,21 +81,21 @@ class StagingRing:
         self._queues = CudaQueues(device) if queues is None else queues
         size = staging_bytes // _BLOCKS // 16 * 16
         memories = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(_BLOCKS)]
-        made = self._queues.current().record_event()  # what used this memory before is behind that
+        made = self._queues.current().record_event()  # whatever used this memory before is done by then
         self._blocks = deque(_Block(memory, made) for memory in memories)
         self._block_bytes = size
         self._pending: deque[tuple[Any, tuple[Tensor, ...]]] = deque()
 
     @property
     def device_bytes(self) -> int:
-        """Bytes held on the device."""
+        """Bytes of the blocks on the device."""
         return _BLOCKS * self._block_bytes
 
     def matrix(self, name: str, m: int, n: int, dtype: torch.dtype) -> HostMatrix:
-        """A zero buffer for layer `name`.
+        """A zero buffer (m, n) of `dtype` for layer `name`.
 
         Raises:
-            ValueError: a block does not hold one row of it.
+            ValueError: a block is too small for one row of it.
         """
         row = n * dtype.itemsize
         if row > self._block_bytes:
@@ -102,16 +108,18 @@ class StagingRing:
     def update(
         self, host: HostMatrix, add: Callable[[Tensor, slice], object], keep: tuple[Tensor, ...], *, wait: bool = False
     ) -> None:
-        """Queue add(block, rows) for all rows of `host`, where block holds host.values[rows] on the device.
+        """Queue add(block, rows) for all rows of `host`, where block is a copy of host.values[rows] on the device.
 
         Args:
-            add (callable): changes the block in place. It runs on a queue of its own, behind the caller's work so far.
-            keep (`tuple` of `torch.Tensor`): what `add` reads. It stays alive until the caller's queue is behind `add`.
-            wait (`bool`): put the caller's queue behind this update at once, so that what `add` reads is free for
-                reuse when the caller lets go of it; otherwise a few updates may be on their way.
+            add (callable): changes the block in place. It runs on the work queue, after the caller's operations so far.
+            keep (`tuple` of `torch.Tensor`): the tensors that `add` reads. The ring has a reference to them until the
+                caller's queue waits for `add`, so that their memory is not reused earlier.
+            wait (`bool`): make the caller's queue wait for this update at once, so that the caller may free what `add`
+                reads after this call. Otherwise a few updates may be pending.
         """
         queues = self._queues
         queues.work.wait_event(queues.current().record_event())
+        # The loop replaces `host.stored`. Its blocks have different rows, so they wait for the previous update only.
         before, step = host.stored, self._block_bytes // (host.values.shape[1] * host.values.dtype.itemsize)
         added = None
         for start in range(0, host.values.shape[0], step):
@@ -139,33 +147,34 @@ class StagingRing:
         self._settle(0 if wait else _BLOCKS)
 
     def join(self) -> None:
-        """Put the caller's queue behind every update so far."""
+        """Make the caller's queue wait for all additions so far."""
         self._settle(0)
 
     def close(self) -> None:
-        """`join`, also behind the last write back, and give the blocks' memory back. Buffers can still be loaded."""
+        """`join`, wait for the last writes to host memory as well, and free the blocks. `load` still works."""
         self.join()
         for block in self._blocks:
             self._queues.current().wait_event(block.free)
         self._blocks.clear()
 
     def load(self, host: HostMatrix) -> Tensor:
-        """The whole of a buffer on the device, for the caller's queue."""
+        """All values (m, n) of a buffer on the device, for use on the caller's queue."""
         if host.stored is not None:
             self._queues.current().wait_event(host.stored)
         return host.values.to(self._device, non_blocking=True)
 
     def store(self, host: HostMatrix, values: Tensor) -> None:
-        """Overwrite a whole buffer by (m, n) values that the caller's queue has on the device."""
+        """Overwrite a buffer by `values` (m, n), which are computed on the caller's queue."""
         current = self._queues.current()
         if host.stored is not None:
             current.wait_event(host.stored)
-        # rounded on the device: a copy that converts goes through memory that is not pinned, and the host waits for it
+        # Round on the device: a copy that converts uses memory that is not pinned, and then the host waits for it.
         host.values.copy_(values.to(self._device, host.values.dtype), non_blocking=True)
         host.stored = current.record_event()
 
     def _settle(self, most: int) -> None:
+        """Make the caller's queue wait for the oldest updates, until at most `most` are pending."""
         while len(self._pending) > most:
             event, kept = self._pending.popleft()
             self._queues.current().wait_event(event)
-            del kept  # not earlier: the caller's queue may use its memory anew from here on
+            del kept  # not earlier: from here on the caller's queue may reuse the memory

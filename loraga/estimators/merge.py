@@ -1,4 +1,4 @@
-"""Sums of several processes become one, without an exchange of any gradient."""
+"""Merge the sums of several processes into one, without an exchange of gradients where sketches are used."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from loraga.linalg.precision import own_precision
 
 
 def merge(ranks: Ranks, estimators: Mapping[str, Estimator], scale: float) -> None:
-    """Make every rank's estimators those of the sum over ranks, each rank's sums multiplied by its `scale` first.
+    """Replace the sum in every estimator by the sum over ranks; each rank's sum is multiplied by its `scale` first.
 
-    The mapping has the same names in the same order on all ranks, and each name the same shape. Layers of one shape
-    go together in exchanges of limited size: three of them for sketches (docs/architecture.md), one for gradients.
+    On all ranks `estimators` has the same names in the same order, and each name has the same shape. Layers of one
+    shape share all-reduces of limited size: three for sketches (docs/architecture.md), one for dense buffers.
     """
     if ranks.size == 1:
         return

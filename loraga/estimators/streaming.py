@@ -1,15 +1,16 @@
-"""The streaming estimator: the range of a sum of gradients, none of which is ever formed.
+"""The streaming estimator: the range of a sum of gradients, without forming any of them.
 
-Kept per layer: Q (m, k) orthonormal and Z (k, n) with (sum so far) ≈ Q Z. A micro-batch with gradient G_t = dYᵀ X is
-absorbed by one step of subspace iteration on Q Z + G_t, warm-started from the row space of Z (docs/architecture.md):
+The state of a layer is Q (m, k) orthonormal and Z (k, n) with (sum so far) ≈ Q Z. A micro-batch has the gradient
+G_t = dYᵀ X. One step of subspace iteration on Q Z + G_t adds it; the step starts from the row space of Z
+(docs/architecture.md):
 
     V  = orth(Zᵀ)
     Y  = G_t V + Q (Z V)            left product
     Q' = orth(Y)
     Z' = Q'ᵀ G_t + (Q'ᵀ Q) Z        right product
 
-The idea of updating a truncated factorization in place is that of incremental SVD (Brand, 2006); the range finder is
-that of Halko, Martinsson, Tropp (2011), algorithm 4.4, with G applied as a product of two thin matrices.
+Incremental SVD (Brand, 2006) also updates a truncated factorization in place. The range finder is algorithm 4.4 of
+Halko, Martinsson, Tropp (2011), in which G is applied as a product of two matrices.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from loraga.linalg import test_matrix
 from loraga.linalg.svd import factorize, in_sixteens
 from loraga.ops import declared
 
-# Random vectors that G is applied to beside V, to estimate the energy that the sketch does not hold; as many as matrix
-# units take at once.
+# Number of random vectors that G is applied to together with V. They estimate the energy outside of the sketch. Matrix
+# units process 16 columns at once.
 _PROBES = 16
 
 
@@ -39,26 +40,25 @@ def sketch_width(rank: int) -> int:
 
 
 def power_steps(micro_batches: int | None) -> int:
-    """Extra passes over a micro-batch beyond one right product to start from and one left and right product each.
+    """Number of extra passes over a micro-batch, each of one right and one left product.
 
-    The warm start makes every further micro-batch a power step for the ones before it, so only a single one needs a
-    step of its own (measured: docs/numerics.md).
+    With the warm start every further micro-batch is a power step for those before it. Only a single micro-batch has
+    none after it and needs an extra pass (measured: docs/numerics.md).
     """
     return 1 if micro_batches == 1 else 0
 
 
 def _basis(y: Tensor) -> Tensor:
-    """Orthonormal to what an intermediate basis needs; `finish` makes the factors orthonormal to the last digit."""
+    """An orthonormal basis, as accurate as an intermediate result needs; `finish` orthonormalizes to full accuracy."""
     return declared.orthonormalize(y, refine=False)
 
 
 class Streaming:
-    """Factors of a sum of gradients from k (m + n) numbers of state, k = `sketch_width(rank)`.
+    """Computes factors of a sum of gradients from k (m + n) numbers of state, k = `sketch_width(rank)`.
 
     Args:
         spec (`LayerSpec`): the layer.
-        micro_batches (`int`, *optional*): how many updates will come, where that is known; a single one gets a power
-            step.
+        micro_batches (`int`, *optional*): number of updates that will come, if known. A single one gets a power step.
     """
 
     def __init__(self, spec: LayerSpec, micro_batches: int | None = None) -> None:
@@ -73,7 +73,7 @@ class Streaming:
 
     @staticmethod
     def pays(spec: LayerSpec) -> bool:
-        """Is the sketch cheaper than the gradient itself (mn > 2k (m + n), in flops as in bytes)?"""
+        """Whether the sketch is cheaper than the gradient itself: mn > 2k (m + n), for flops and bytes alike."""
         return spec.m * spec.n > 2 * sketch_width(spec.rank) * (spec.m + spec.n)
 
     @property
@@ -82,7 +82,7 @@ class Streaming:
         return self._k
 
     @property
-    def kind(self) -> Hashable:
+    def finish_key(self) -> Hashable:
         return Streaming, self.spec.m, self.spec.n, self.spec.rank, self.spec.device
 
     @property
@@ -99,12 +99,12 @@ class Streaming:
 
     @property
     def merged_bytes(self) -> int:
-        # SᵀΩ (n, k), S V and what the probes saw (m, k + probes), Qᵀ S (k, n): three sums over ranks
+        # three sums over ranks: SᵀΩ (n, k), S V with the products of the probes (m, k + probes), and Qᵀ S (k, n)
         return sum(t.numel() * t.element_size() for t in (self._z, self._q, self._probed, self._z))
 
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
-        # NaN or Inf in x or dy makes `left` not finite and all that follows worthless: `commit_` drops it at the end
-        if self._empty:  # nothing summed yet: start from the left, which costs half of a pass
+        # A NaN or Inf in x or dy makes `left` or the new Z not finite. Then `commit_` keeps the old state.
+        if self._empty:  # there is no Z to start from: start with a random matrix on the left, for half of a pass
             start = test_matrix(self.spec.m, self._k, self.spec.seed, self._q.device)
             v = _basis(declared.right_product(x, dy, start, rounded=True).mT)
         else:
@@ -118,10 +118,10 @@ class Streaming:
         self._empty = False
         return finite
 
-    def _left(self, x: Tensor, dy: Tensor, scale: float, v: Tensor, beside: Tensor) -> Tensor:
-        """(G_t + Q Z) V; columns that `beside` has beyond those of V see G_t only."""
+    def _left(self, x: Tensor, dy: Tensor, scale: float, v: Tensor, columns: Tensor) -> Tensor:
+        """(G_t + Q Z) V; `columns` is V and further columns, which are multiplied with G_t only."""
         onto = None if self._empty else (self._q, self._z @ v)
-        return declared.left_product(x, dy, beside, scale, rounded=True, onto=onto)
+        return declared.left_product(x, dy, columns, scale, rounded=True, onto=onto)
 
     def _right(self, x: Tensor, dy: Tensor, scale: float, q: Tensor, rounded: bool) -> Tensor:
         """Qᵀ (G_t + Q_old Z_old), the projection of the sum on the range of `q`."""
@@ -130,7 +130,7 @@ class Streaming:
 
     @staticmethod
     def merging(group: Sequence[Streaming], scale: float) -> Iterator[Tensor]:
-        """The range finder on the sum S of the ranks' Q Z, which is formed nowhere (docs/architecture.md).
+        """The range finder on the sum S of the ranks' Q Z, which is never formed (docs/architecture.md).
 
             V = orth(Sᵀ Ω),   Q = orth(S V),   Z = Qᵀ S
 
@@ -146,7 +146,7 @@ class Streaming:
         sketch = z.mT @ (q.mT @ omega)
         yield sketch
         v = _basis(sketch)
-        # what the probes saw is a sum over ranks already, and travels with the second
+        # the products with the probes only need to be summed, and are part of the second all-reduce
         reached = torch.cat((q @ (z @ v), probed * scale), dim=2)
         yield reached
         merged_q = _basis(reached[..., :k])

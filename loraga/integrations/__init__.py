@@ -1,1 +1,1 @@
-"""Rooms that know other libraries; nothing else in loraga imports them."""
+"""All use of other libraries, one module or package for each; no other part of loraga imports these libraries."""

@@ -1,4 +1,7 @@
-"""Layers whose weights accelerate keeps in host memory or on disk and loads for the time of their forward."""
+"""Layers that accelerate offloads: it keeps their weights in host memory or on disk, and loads them for each forward.
+
+The library itself is never imported: its hooks are recognised by their attributes.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,21 @@ from torch import nn
 
 
 def _loader(module: nn.Module) -> Any:
-    """accelerate's hook that loads the weights of this very module, or None."""
+    """The hook of accelerate that loads the weights of this module itself, or None."""
     hook = getattr(module, "_hf_hook", None)
-    for part in getattr(hook, "hooks", (hook,)):  # dispatch_model may put several into one
+    for part in getattr(hook, "hooks", (hook,)):  # dispatch_model may combine several hooks in one
         if getattr(part, "offload", False):
             return part
     return None
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether the weights of `module` are on the meta device outside of its forward, and will be loaded for it."""
+    """Whether the weights of `module` are on the meta device, and a hook loads them for its forward."""
     return _loader(module) is not None
 
 
-def home_of(module: nn.Module) -> torch.device:
-    """Where a layer computes, and so where what is added to it belongs."""
+def compute_device(module: nn.Module) -> torch.device:
+    """The device on which a layer computes, which is where its adapter must be."""
     hook = _loader(module)
     if hook is not None:
         return torch.device(hook.execution_device)
@@ -35,7 +38,7 @@ def home_of(module: nn.Module) -> torch.device:
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
-    """The weights of `module` in memory for the time of the context, to be read; what is written to them is lost."""
+    """Context manager: the weights of `module` are in memory and can be read. What is written to them is lost."""
     hook = _loader(module)
     if hook is None:
         yield

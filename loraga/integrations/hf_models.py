@@ -1,11 +1,11 @@
-"""Models of transformers: which kind a language model is, loading it, and building one without weights."""
+"""Language models of transformers: what task one is for, loading it, and building one without weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -19,7 +19,8 @@ from loraga._messages import one_line
 
 # transformers' class for each task
 _FAMILIES = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "masked": "AutoModelForMaskedLM"}
-# name: vocabulary, hidden, intermediate, layers, heads, key-value heads, longest row (their config.json files)
+# name: vocabulary, hidden size, intermediate size, layers, heads, key-value heads, largest number of positions, as in
+# the config.json files of these models
 _LLAMAS = {
     "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 4096),
     "llama-2-13b": (32000, 5120, 13824, 40, 40, 40, 4096),
@@ -37,7 +38,7 @@ def config_of(model: str, trust_remote_code: bool = False) -> Any:
     Nothing is downloaded.
 
     Raises:
-        ValueError: there is no such thing, or it cannot be read.
+        ValueError: `model` is none of these, or cannot be read.
     """
     if model.lower() in _LLAMAS and not Path(model).exists():
         vocabulary, hidden, intermediate, layers, heads, kv_heads, longest = _LLAMAS[model.lower()]
@@ -68,12 +69,12 @@ def config_of(model: str, trust_remote_code: bool = False) -> Any:
 
 
 def family_of(config: Any) -> str:
-    """Which of transformers' classes loads a language model, such as "AutoModelForCausalLM"."""
+    """The name of the class of transformers that loads a language model, such as "AutoModelForCausalLM"."""
     return _FAMILIES[task_of(config)]
 
 
 def without_weights(config: PretrainedConfig, family: str, dtype: torch.dtype) -> nn.Module:
-    """The model of `config` on the meta device, made by transformers' class `family`, see `family_of`.
+    """The model of `config` on the meta device, made by the class `family` of transformers, see `family_of`.
 
     Raises:
         ValueError: transformers has no such model for this configuration.
@@ -84,17 +85,20 @@ def without_weights(config: PretrainedConfig, family: str, dtype: torch.dtype) -
     except (ValueError, KeyError, ImportError) as error:
         raise ValueError(f"cannot build a model of type {config.model_type!r}: {one_line(error)}") from error
     model.config.use_cache = False
-    return model
+    return cast(nn.Module, model)
 
 
 def silence() -> None:
-    """Keep transformers from printing anything but errors."""
+    """Let transformers print errors only."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def task_of(config: Any) -> str:
-    """ "causal", "seq2seq" or "masked". Encoders such as BERT can also be built as decoders; few are."""
+    """The task of a language model: "causal", "seq2seq" or "masked".
+
+    An encoder such as BERT counts as "masked", unless its configuration says that it was built as a decoder.
+    """
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
     decodes = getattr(config, "is_decoder", False) or any(
@@ -104,12 +108,12 @@ def task_of(config: Any) -> str:
 
 
 def positions_of(config: Any) -> int | None:
-    """The longest row that a model takes, where there is a limit. T5 has no position table to run over."""
+    """The largest number of tokens in a row, or None for no limit, as in T5, which has no table of positions."""
     return None if task_of(config) == "seq2seq" else getattr(config, "max_position_embeddings", None)
 
 
 def load_config_and_tokenizer(model: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Of a local folder or a hub id.
+    """The configuration and the tokenizer of a local folder or a hub id.
 
     Raises:
         ValueError: there is no such model, or it cannot be read.
@@ -123,13 +127,13 @@ def load_config_and_tokenizer(model: str, trust_remote_code: bool) -> tuple[Any,
 
 
 def load_model(model: str, config: Any, dtype: str, seed: int, trust_remote_code: bool) -> nn.Module:
-    """The language model with its weights, in `dtype` ("auto": that of the checkpoint), on the CPU.
+    """The language model with its weights on the CPU, in `dtype` ("auto": that of the checkpoint).
 
     Raises:
         ValueError: it cannot be read.
     """
     family = getattr(transformers, family_of(config))
-    # Weights that the checkpoint lacks (a new head) are drawn from the global generator.
+    # transformers draws weights that the checkpoint lacks (a new head) from the global generator
     torch.manual_seed(seed)
     with _loading(model):
         loaded = family.from_pretrained(
@@ -138,8 +142,8 @@ def load_model(model: str, config: Any, dtype: str, seed: int, trust_remote_code
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
         )
-    loaded.config.use_cache = False  # keys and values kept for generation would only cost memory here
-    return loaded
+    loaded.config.use_cache = False  # keys and values for generation would only take memory here
+    return cast(nn.Module, loaded)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Randomized linear algebra on top of the ops: never a device API."""
+"""Randomized linear algebra, built from the ops only: nothing here depends on a device."""
 
 import loraga.ops  # noqa: F401  registers what the ops run
 from loraga.linalg.seeds import seed_of

@@ -1,4 +1,4 @@
-"""Keeping the caller's precision settings out of our own arithmetic."""
+"""Contexts in which the caller's precision settings (autocast, TF32) do not change loraga's own products."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 _lock = threading.Lock()
 _inside = 0
 _callers = ""
-# torch >= 2.9 raises where its two ways to the setting are mixed, but not for one who only uses the new one. Before it,
-# only one of the old ways knows the third value, "medium".
+# torch >= 2.9 has an old and a new interface to the TF32 setting. It raises for code that mixes them, and never for
+# code that uses the new one only. Before 2.9, `get_float32_matmul_precision` is the one that can return "medium", too.
 _NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 
 @contextmanager
 def own_precision(device: torch.device) -> Iterator[None]:
-    """Context in which products on `device` keep the dtype of their operands, and float32 ones all of its digits.
+    """Context in which products on `device` keep the dtype of their operands, and float32 products use all 24 bits.
 
-    Whatever autocast the caller is in, and whether TF32 is allowed.
+    The caller's autocast is off inside, and so is TF32.
     """
     with _without_autocast(device), without_tf32() if device.type == "cuda" else nullcontext():
         yield
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if not torch.amp.is_autocast_available(device.type):  # torch refuses to switch off what there is not
+    if not torch.amp.is_autocast_available(device.type):  # torch raises for a device type without autocast
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -47,8 +47,8 @@ def _write(precision: str) -> None:
 def without_tf32() -> Iterator[None]:
     """Context in which CUDA devices multiply float32 as float32.
 
-    The setting is the process's, and backward runs a thread per device: the first thread to come keeps what the caller
-    had, the last one to go puts it back.
+    The setting belongs to the process, and backward runs one thread per device. Therefore the first thread that enters
+    stores the caller's setting, and the last thread that leaves restores it.
     """
     global _inside, _callers
     with _lock:

@@ -13,7 +13,7 @@ from loraga.ops import declared
 
 
 def in_sixteens(columns: int) -> int:
-    """`columns` rounded up to a multiple of 16, as many as matrix units and wide loads take at once."""
+    """`columns` rounded up to a multiple of 16, the number that matrix units and wide loads process at once."""
     return -(-columns // 16) * 16
 
 
@@ -28,10 +28,10 @@ def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factorize(q: Tensor, z: Tensor, rank: int) -> tuple[Factors, Tensor]:
-    """The first `rank` singular triplets of each Q Z and all its k singular values (..., k).
+    """The first `rank` singular triplets of each Q Z, and all its k singular values (..., k).
 
     q (..., m, k) float32 with any columns, z (..., k, n) float32, k <= min(m, n); the factors have the same leading
-    dimensions. Works through orthonormal bases of both sides and one k x k core, so nothing m x n is formed.
+    dimensions. It computes orthonormal bases of both sides and the SVD of one k x k core, and forms no m x n matrix.
     """
     left = declared.orthonormalize(q)
     right = declared.orthonormalize(z.mT)
@@ -39,7 +39,10 @@ def factorize(q: Tensor, z: Tensor, rank: int) -> tuple[Factors, Tensor]:
 
 
 def _triplets(left: Tensor, core: Tensor, right: Tensor, rank: int) -> tuple[Factors, Tensor]:
-    """Those of left · core · rightᵀ, for orthonormal left (..., m, k) and right (..., n, k)."""
+    """The first `rank` triplets of left · core · rightᵀ and all its singular values (..., k).
+
+    left (..., m, k) and right (..., n, k) are orthonormal, core is (..., k, k), all float32.
+    """
     u, s, vh = declared.small_svd(core)
     u, vh = fix_signs(left @ u[..., :rank], vh[..., :rank, :] @ right.mT)
     return Factors(u, s[..., :rank], vh), s
@@ -51,19 +54,19 @@ def truncated_svd(
     """Leading `rank` singular triplets of `g` (m, n), or of each matrix of `g` (b, m, n).
 
     Randomized subspace iteration (`ops.declared.subspace`) with a block of max(2 rank, rank + oversampling) columns,
-    rounded up to a multiple of 16.
-    The triplets of a matrix depend on what else is in the batch by no more than rounding, and not at all on another
-    matrix's values.
+    rounded up to a multiple of 16. Signs are fixed by `fix_signs`.
+    The size of the batch changes the triplets of a matrix by no more than rounding, and the values of the other
+    matrices do not change them at all.
 
     Args:
         g (`torch.Tensor`): bfloat16, float16 or float32, any strides. Not changed.
-        rank (`int`): triplets wanted, at most min(m, n).
-        seed (`int` or `Sequence[int]`): key of the test matrix, for a batch one per matrix; the same seeds give the
+        rank (`int`): number of triplets, at most min(m, n).
+        seed (`int` or `Sequence[int]`): key of the test matrix; for a batch, one per matrix. The same seeds give the
             same bits.
         oversampling (`int`): least number of extra columns.
-        iterations (`int`): passes with both gᵀ and g after the first product; each sharpens the separation of the
-            wanted singular values by the square of their ratio to the rest. A block of min(m, n) columns spans
-            the smaller side and gets at most one, against the condition of a square test matrix.
+        iterations (`int`): passes with both gᵀ and g after the first product. Each multiplies the separation of the
+            wanted singular values from the rest by the square of their ratio. A block of min(m, n) columns spans the
+            smaller side; it gets at most one pass, which repairs the bad condition of a square test matrix.
 
     Returns:
         `Factors`: U (..., m, rank), S (..., rank), Vh (..., rank, n), float32.

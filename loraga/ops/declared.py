@@ -1,8 +1,8 @@
 """Every op, declared once: schema, shape rule, checks and the public wrapper.
 
-The files beside this one register implementations per device; PyTorch's dispatcher chooses. `reference.py` is plain
-torch and answers on any device nobody else claimed. Checks written inside a fake function do not run on real calls, so
-each op has one `_check_*` that its wrapper calls and its fake calls too.
+The other files of this folder register implementations per device, and PyTorch's dispatcher chooses between them.
+`reference.py` is plain torch and runs on every device that has no implementation of its own. A check inside a fake
+function does not run on real calls. Therefore each op has one `_check_*`, which its wrapper and its fake function call.
 """
 
 from __future__ import annotations
@@ -22,6 +22,26 @@ def _fail(op: str, what: str) -> ValueError:
     return ValueError(f"loraga::{op}: {what}")
 
 
+def _fake(op: str) -> Callable[[F], F]:
+    """Register the decorated function as the shape rule of `op`, which PyTorch runs on meta and fake tensors."""
+
+    def register(function: F) -> F:
+        torch.library.register_fake(f"loraga::{op}", function, lib=_lib)
+        return function
+
+    return register
+
+
+def implement(op: str, key: str) -> Callable[[F], F]:
+    """Register the decorated function as the implementation of `op` for the dispatch key `key`."""
+
+    def register(function: F) -> F:
+        _lib.impl(op, function, key)
+        return function
+
+    return register
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # test_matrix_: independent uniform numbers in [-1, 1) from a counter-based stream
 # ------------------------------------------------------------------------------------------------------------------
@@ -35,7 +55,7 @@ def _check_test_matrix(out: Tensor, seed: int) -> None:
         raise _fail("test_matrix_", f"at most 2**32 numbers come from one stream, not {out.numel()}")
 
 
-@torch.library.register_fake("loraga::test_matrix_", lib=_lib)
+@_fake("test_matrix_")
 def _(out: Tensor, seed: int) -> None:
     _check_test_matrix(out, seed)
 
@@ -44,7 +64,11 @@ def test_matrix_(out: Tensor, seed: int) -> Tensor:
     """Fill `out` (rows, cols) float32 with independent uniform numbers in [-1, 1).
 
     Entry i (row-major) is word i mod 4 of Philox4x32-10 (Salmon et al., 2011) at counter i div 4 under key `seed` (64
-    bits): the numbers depend on position only, are the same on every device, and leave the global generators alone.
+    bits). A number depends on the seed and its position only and is the same on every device. The global generators of
+    torch are not used.
+
+    Raises:
+        ValueError: `out` is not a contiguous float32 matrix, or has more than 2**32 numbers.
     """
     _check_test_matrix(out, seed)
     torch.ops.loraga.test_matrix_(out, seed)
@@ -55,7 +79,7 @@ test_matrix_.__test__ = False  # type: ignore[attr-defined]  # pytest would take
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# left_product, right_product: the two thin products of a gradient that is never formed, added to those of a sum
+# left_product, right_product: the two thin products of one gradient, which is never formed, added to those of a sum
 # ------------------------------------------------------------------------------------------------------------------
 _lib.define("left_product(Tensor x, Tensor dy, Tensor v, float scale, bool rounded, Tensor? q, Tensor? zv) -> Tensor")
 _lib.define("right_product(Tensor x, Tensor dy, Tensor q, float scale, bool rounded, Tensor? c, Tensor? z) -> Tensor")
@@ -69,6 +93,7 @@ def _check_pair(op: str, x: Tensor, dy: Tensor) -> None:
 
 
 def _check_onto(op: str, names: str, a: Tensor | None, b: Tensor | None, rows: range, columns: range) -> None:
+    """Raise unless a (i, j) and b (j, l) are both None or multiply, with i in `rows` and l in `columns`."""
     if a is None and b is None:
         return
     if a is None or b is None:
@@ -95,13 +120,13 @@ def _check_right(x: Tensor, dy: Tensor, q: Tensor, c: Tensor | None, z: Tensor |
     _check_onto("right_product", "c and z", c, z, range(k, k + 1), range(n, n + 1))
 
 
-@torch.library.register_fake("loraga::left_product", lib=_lib)
+@_fake("left_product")
 def _(x: Tensor, dy: Tensor, v: Tensor, scale: float, rounded: bool, q: Tensor | None, zv: Tensor | None) -> Tensor:
     _check_left(x, dy, v, q, zv)
     return v.new_empty(v.shape[1], dy.shape[1]).t()  # (PᵀdY)ᵀ is faster than dYᵀP
 
 
-@torch.library.register_fake("loraga::right_product", lib=_lib)
+@_fake("right_product")
 def _(x: Tensor, dy: Tensor, q: Tensor, scale: float, rounded: bool, c: Tensor | None, z: Tensor | None) -> Tensor:
     _check_right(x, dy, q, c, z)
     return q.new_empty(q.shape[1], x.shape[1])
@@ -118,14 +143,18 @@ def left_product(
 ) -> Tensor:
     """scale · G V + Q (Z V), float32 (m, k), for G = dYᵀ X of x (T, n), dy (T, m) of one dtype and v (n, k) float32.
 
-    `onto` is (Q (m, i), Z V (i, k')) float32; k' may be less than k, and the columns beyond get nothing from it.
-    Operands go into the products with x and dy in the dtype of x (v and X V are rounded to it); sums are float32.
-    With `rounded`, operands and the product (not what it is added to) may be rounded to as few as 8 bits, where the
-    device multiplies those faster: for the search for directions, which takes no harm from it (docs/numerics.md).
+    `onto` is (Q (m, i), Z V (i, k')) float32. Where k' is less than k, it is added to the first k' columns only.
+    v and X V are rounded to the dtype of x before they are multiplied with x and dy; sums are float32.
+    `rounded` allows operands and the product (but not the sum with `onto`) to be rounded to 8 significant bits where
+    the device multiplies such numbers faster. The search for directions tolerates this rounding (docs/numerics.md).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
     """
     q, zv = onto or (None, None)
     _check_left(x, dy, v, q, zv)
-    return torch.ops.loraga.left_product(x, dy, v, scale, rounded, q, zv)
+    product: Tensor = torch.ops.loraga.left_product(x, dy, v, scale, rounded, q, zv)
+    return product
 
 
 def right_product(
@@ -139,16 +168,20 @@ def right_product(
 ) -> Tensor:
     """scale · Qᵀ G + C Z, float32 (k, n), for G = dYᵀ X of x (T, n), dy (T, m) of one dtype and q (m, k) float32.
 
-    `onto` is (C (k, i), Z (i, n)) float32. Operands go into the products with x and dy in the dtype of x (q and dY Q
-    are rounded to it); sums are float32. `rounded` as in `left_product`.
+    `onto` is (C (k, i), Z (i, n)) float32. q and dY Q are rounded to the dtype of x before they are multiplied with dy
+    and x; sums are float32. `rounded` is as in `left_product`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
     """
     c, z = onto or (None, None)
     _check_right(x, dy, q, c, z)
-    return torch.ops.loraga.right_product(x, dy, q, scale, rounded, c, z)
+    product: Tensor = torch.ops.loraga.right_product(x, dy, q, scale, rounded, c, z)
+    return product
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# commit_: the new state of a streaming update replaces the old one, unless it is poisoned
+# commit_: the new state of a streaming update replaces the old one if it is finite
 # ------------------------------------------------------------------------------------------------------------------
 _lib.define("commit_(Tensor(a!) q, Tensor(b!) z, Tensor(c!) probed, Tensor new_q, Tensor new_z, Tensor left) -> Tensor")
 
@@ -165,24 +198,28 @@ def _check_commit(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Te
         raise _fail("commit_", f"shapes {[tuple(t.shape) for t in tensors]} do not fit, expected {list(expected)}")
 
 
-@torch.library.register_fake("loraga::commit_", lib=_lib)
+@_fake("commit_")
 def _(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
     _check_commit(q, z, probed, new_q, new_z, left)
     return q.new_empty((), dtype=torch.bool)
 
 
 def commit_(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
-    """q ← new_q, z ← new_z, probed ← probed + left[:, k:] in place, unless left or new_z holds a NaN or Inf.
+    """q ← new_q, z ← new_z, probed ← probed + left[:, k:] in place, unless left or new_z contains a NaN or Inf.
 
-    q, new_q (m, k), z, new_z (k, n), probed (m, p), left (m, k + p), all float32. Returns a 0-dim bool tensor: was it
-    done. Nothing waits for the device.
+    q, new_q (m, k), z, new_z (k, n), probed (m, p), left (m, k + p), all float32. Returns a 0-dim bool tensor, which is
+    True if the state was replaced. The host does not wait for the device.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit.
     """
     _check_commit(q, z, probed, new_q, new_z, left)
-    return torch.ops.loraga.commit_(q, z, probed, new_q, new_z, left)
+    finite: Tensor = torch.ops.loraga.commit_(q, z, probed, new_q, new_z, left)
+    return finite
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# accumulate_: one micro-batch onto a dense buffer
+# accumulate_: the gradient of one micro-batch is added to a dense buffer
 # ------------------------------------------------------------------------------------------------------------------
 _lib.define("accumulate_(Tensor(a!) g, Tensor x, Tensor dy, float scale) -> Tensor")
 
@@ -196,20 +233,25 @@ def _check_accumulate(g: Tensor, x: Tensor, dy: Tensor) -> None:
         )
 
 
-@torch.library.register_fake("loraga::accumulate_", lib=_lib)
+@_fake("accumulate_")
 def _(g: Tensor, x: Tensor, dy: Tensor, scale: float) -> Tensor:
     _check_accumulate(g, x, dy)
     return g.new_empty((), dtype=torch.bool)
 
 
 def accumulate_(g: Tensor, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
-    """G += scale · dYᵀ X in place, unless x or dy holds a NaN or Inf; returns a 0-dim bool tensor: was it added.
+    """G += scale · dYᵀ X in place, unless x or dy contains a NaN or Inf.
 
     g (m, n) float32 or bfloat16; x (T, n), dy (T, m) of one dtype. The product is summed in float32 and rounded to
-    nearest once, when it is stored. Nothing waits for the device.
+    nearest once, when it is stored. Returns a 0-dim bool tensor, which is True if the product was added. The host does
+    not wait for the device.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
     """
     _check_accumulate(g, x, dy)
-    return torch.ops.loraga.accumulate_(g, x, dy, scale)
+    added: Tensor = torch.ops.loraga.accumulate_(g, x, dy, scale)
+    return added
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -223,7 +265,7 @@ def _check_orthonormalize(y: Tensor) -> None:
         raise _fail("orthonormalize", f"y must be float32 (..., m, k) with m >= k, got {y.dtype} {tuple(y.shape)}")
 
 
-@torch.library.register_fake("loraga::orthonormalize", lib=_lib)
+@_fake("orthonormalize")
 def _(y: Tensor, refine: bool) -> Tensor:
     _check_orthonormalize(y)
     return torch.empty_like(y, memory_format=torch.contiguous_format)
@@ -232,13 +274,19 @@ def _(y: Tensor, refine: bool) -> Tensor:
 def orthonormalize(y: Tensor, refine: bool = True) -> Tensor:
     """Orthonormal Q (..., m, k) float32 whose columns span the range of `y` (..., m, k), m >= k.
 
-    Fixed control flow, no wait for the device, any finite input: zero, rank-deficient and badly scaled blocks give a
-    Q of full rank too, completed by fixed dense directions. ‖QᵀQ − I‖ stays below 1e-6 up to condition 1e7; without
-    `refine` the work halves and that holds up to condition 1e2 only, which serves a basis that is used once and made
-    anew (up to 1e7 its condition stays near 1). A block with NaN or Inf gives numbers without meaning and no error.
+    The control flow is fixed and the host does not wait for the device. Every finite input is allowed: Q has full rank
+    also for a zero, rank-deficient or badly scaled block, because fixed dense directions complete it.
+
+    ‖QᵀQ − I‖ stays below 1e-6 up to condition 1e7. Without `refine` the work halves, and the bound is kept up to
+    condition 1e2 only (the condition of Q stays near 1 up to 1e7). That is enough for a basis that is used once. A
+    block with NaN or Inf gives numbers without meaning and no error.
+
+    Raises:
+        ValueError: `y` is not float32, or has more columns than rows.
     """
     _check_orthonormalize(y)
-    return torch.ops.loraga.orthonormalize(y, refine)
+    q: Tensor = torch.ops.loraga.orthonormalize(y, refine)
+    return q
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -256,7 +304,7 @@ def _check_subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) ->
         raise _fail("subspace", f"needs iterations >= 0 and {g.shape[0]} seeds, got {iterations} and {len(seeds)}")
 
 
-@torch.library.register_fake("loraga::subspace", lib=_lib)
+@_fake("subspace")
 def _(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
     _check_subspace(g, k, iterations, seeds)
     b, m, n = g.shape
@@ -266,15 +314,21 @@ def _(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[Tensor,
 def subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Q (b, m, k) orthonormal and Z = Qᵀ G (b, k, n), both float32, with Q Z ≈ G for each matrix of `g` (b, m, n).
 
-    Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4): Q starts as orth(G Ω), Ω (n, k) from
-    `test_matrix_` under the matrix's own seed, and each of `iterations` makes it orth(G orth(Gᵀ Q)). `g` is float32,
-    bfloat16 or float16 of any strides, with largest entries from 1e-35 to 1e35 (zero, too) and a spectral norm below
-    1e38, and no copy of the whole of it is made. The thin operand goes into each product rounded to the dtype of `g`,
-    into the last one (Z) as the sum of two such; sums are float32. A matrix with NaN or Inf gives numbers without
-    meaning and no error, and leaves the others of the batch alone.
+    Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4): Q starts as orth(G Ω), where
+    `test_matrix_` makes Ω (n, k) from the matrix's own seed. Each of `iterations` replaces Q by orth(G orth(Gᵀ Q)).
+
+    `g` is float32, bfloat16 or float16 and has any strides. The largest entry of a matrix is zero or between 1e-35 and
+    1e35, its spectral norm below 1e38. On devices that multiply the dtype of `g`, no full copy of `g` is made. The thin
+    operand of each product is rounded to the dtype of `g`; for the last product (Z) it is the sum of two such numbers.
+    Sums are float32. A matrix with NaN or Inf gives numbers without meaning and no error, and does not affect the
+    other matrices of the batch.
+
+    Raises:
+        ValueError: `k`, `iterations`, the number of seeds, or shape or dtype of `g` do not fit.
     """
     _check_subspace(g, k, iterations, seeds)
-    return torch.ops.loraga.subspace(g, k, iterations, seeds)
+    sketch: tuple[Tensor, Tensor] = torch.ops.loraga.subspace(g, k, iterations, seeds)
+    return sketch
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -288,7 +342,7 @@ def _check_small_svd(core: Tensor) -> None:
         raise _fail("small_svd", f"core must be float32 (..., k, k), got {core.dtype} {tuple(core.shape)}")
 
 
-@torch.library.register_fake("loraga::small_svd", lib=_lib)
+@_fake("small_svd")
 def _(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_small_svd(core)
     return torch.empty_like(core), core.new_empty(core.shape[:-1]), torch.empty_like(core)
@@ -298,13 +352,17 @@ def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (..., k, k), S (..., k) descending, Vh (..., k, k), all float32, of `core` (..., k, k) float32.
 
     A core with NaN or Inf gives NaN or zero factors and no error.
+
+    Raises:
+        ValueError: `core` is not float32 or not square.
     """
     _check_small_svd(core)
-    return torch.ops.loraga.small_svd(core)
+    factors: tuple[Tensor, Tensor, Tensor] = torch.ops.loraga.small_svd(core)
+    return factors
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# cholesky_inverse: what makes a tall block orthonormal, from its Gram matrix
+# cholesky_inverse: the inverse Cholesky factor of a Gram matrix, which makes a tall block orthonormal
 # ------------------------------------------------------------------------------------------------------------------
 _lib.define("cholesky_inverse(Tensor gram, float shift) -> Tensor")
 
@@ -316,7 +374,7 @@ def _check_cholesky_inverse(gram: Tensor, shift: float) -> None:
         raise _fail("cholesky_inverse", f"shift must be finite and not negative, got {shift}")
 
 
-@torch.library.register_fake("loraga::cholesky_inverse", lib=_lib)
+@_fake("cholesky_inverse")
 def _(gram: Tensor, shift: float) -> Tensor:
     _check_cholesky_inverse(gram, shift)
     return torch.empty_like(gram, memory_format=torch.contiguous_format)
@@ -326,14 +384,18 @@ def cholesky_inverse(gram: Tensor, shift: float = 0.0) -> Tensor:
     """L⁻¹, lower triangular, with L Lᵀ = gram + shift · trace(gram) · I, for gram (..., k, k) float64.
 
     Only the lower triangle is read. Where that sum is not positive definite or not finite, the result is NaN and there
-    is no error; nothing waits for the device.
+    is no error. The host does not wait for the device.
+
+    Raises:
+        ValueError: `gram` is not float64 or not square, or `shift` is negative or not finite.
     """
     _check_cholesky_inverse(gram, shift)
-    return torch.ops.loraga.cholesky_inverse(gram, shift)
+    inverse: Tensor = torch.ops.loraga.cholesky_inverse(gram, shift)
+    return inverse
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# gradient_add_: one gradient that autograd formed onto a dense buffer
+# gradient_add_: one gradient that autograd formed is added to a dense buffer
 # ------------------------------------------------------------------------------------------------------------------
 _lib.define("gradient_add_(Tensor(a!) total, Tensor gradient, float scale, Tensor? finite) -> Tensor")
 
@@ -351,28 +413,23 @@ def _check_gradient_add(total: Tensor, gradient: Tensor, finite: Tensor | None) 
         raise _fail("gradient_add_", f"finite must be a 0-dim bool, got {finite.dtype} {tuple(finite.shape)}")
 
 
-@torch.library.register_fake("loraga::gradient_add_", lib=_lib)
+@_fake("gradient_add_")
 def _(total: Tensor, gradient: Tensor, scale: float, finite: Tensor | None) -> Tensor:
     _check_gradient_add(total, gradient, finite)
     return total.new_empty((), dtype=torch.bool)
 
 
 def gradient_add_(total: Tensor, gradient: Tensor, scale: float = 1.0, finite: Tensor | None = None) -> Tensor:
-    """total += scale · gradient in place, unless the gradient holds a NaN or Inf; returns a 0-dim bool: was it added.
+    """total += scale · gradient in place, unless the gradient contains a NaN or Inf.
 
     Entries are matched in row-major order of their indices, whatever the layout of the gradient in memory. The sum is
-    taken in float32 and rounded to nearest once, when it is stored. `finite`, a 0-dim bool, decides instead where it is
-    given: for a part of a gradient of which the whole has been looked at. Nothing waits for the device.
+    taken in float32 and rounded to nearest once, when it is stored. Where `finite` (0-dim bool) is given, it decides
+    instead of the entries; a caller that adds a gradient in parts has checked all parts before. Returns a 0-dim bool,
+    which is True if the gradient was added. The host does not wait for the device.
+
+    Raises:
+        ValueError: sizes, dtypes or strides do not fit.
     """
     _check_gradient_add(total, gradient, finite)
-    return torch.ops.loraga.gradient_add_(total, gradient, scale, finite)
-
-
-def implement(op: str, key: str) -> Callable[[F], F]:
-    """Register the decorated function as the implementation of `op` for the dispatch key `key`."""
-
-    def register(function: F) -> F:
-        _lib.impl(op, function, key)
-        return function
-
-    return register
+    added: Tensor = torch.ops.loraga.gradient_add_(total, gradient, scale, finite)
+    return added

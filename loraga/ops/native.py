@@ -1,8 +1,8 @@
-"""The ops that the native core answers, with the reference where it cannot.
+"""The ops that the native core implements. Where it cannot run, they call the reference.
 
-On CUDA devices `small_svd` and `cholesky_inverse` do a whole batch of small matrices in one launch and wait for
-nothing, where `torch.linalg` calls cuSOLVER matrix by matrix or looks at the result on the host. On the CPU it answers
-`cholesky_inverse` and `test_matrix_`, for which torch needs some twenty operations and seventy.
+On CUDA devices `small_svd` and `cholesky_inverse` process a batch of small matrices in one launch, and the host does
+not wait. `torch.linalg` calls cuSOLVER once per matrix, or reads the result on the host. On the CPU the core implements
+`cholesky_inverse` and `test_matrix_`, for which torch needs about twenty and seventy operations.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from loraga.ops import native_core, reference
 from loraga.ops.declared import implement
 
-# what csrc/ is made for: sketches are at most this wide up to adapter rank 32
+# The largest k of the kernels in csrc/; sketches are at most this wide up to adapter rank 32.
 _LARGEST_K = 256
 
 
 @functools.cache
 def _usable(device: torch.device) -> bool:
-    """Whether the native core works on `device`; says once why not."""
+    """Whether the native core works on `device`. If not, the first call warns with the reason."""
     reason = native_core.why_unavailable(device)
     if reason is not None:
         warnings.warn(f"{reason} Until then loraga takes slower torch operations on {device}.", stacklevel=2)
@@ -35,6 +35,7 @@ def _fits(matrices: Tensor) -> bool:
 
 
 def _batch(matrices: Tensor) -> Tensor:
+    """(..., k, k) as a contiguous (batch, k, k), which the core takes."""
     return matrices.contiguous().view(math.prod(matrices.shape[:-2]), *matrices.shape[-2:])
 
 
@@ -58,9 +59,11 @@ def gradient_add_(total: Tensor, gradient: Tensor, scale: float, finite: Tensor 
     return added if finite is None else added.clone()
 
 
-if native_core.available("cpu"):  # a pure Python install does without
+if native_core.available("cpu"):  # a pure Python install has no core, and that is no reason for a warning
     implement("cholesky_inverse", "CPU")(cholesky_inverse)
     implement("test_matrix_", "CPU")(native_core.fill_uniform)
-if torch.version.hip is None:  # a ROCm device calls itself cuda, and there is nothing that a user could mend there
+# ROCm devices are called cuda, too. The core has no kernels for them, and a warning about what no user can change helps
+# nobody, so nothing is registered there.
+if torch.version.hip is None:
     for _op in (small_svd, cholesky_inverse, gradient_add_):
         implement(_op.__name__, "CUDA")(_op)

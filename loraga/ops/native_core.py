@@ -1,13 +1,14 @@
-"""The native core, loaded when first asked for.
+"""The native core, loaded on first use.
 
-The compiled module `loraga._C` may be absent (a pure Python install), unloadable or built for another version of
-the sources. None of that makes an import of loraga fail: `why_unavailable` tells the reason, and a function that
-needs the core raises it.
+The compiled module `loraga._C` may be absent (a pure Python install), may fail to load, or may be built for another
+version of the sources. `import loraga` works in all of these cases: `why_unavailable` returns the reason, and a
+function that needs the core raises a RuntimeError with it.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ _REBUILD = "Rebuild it with `pip install .` (or `pip install -e .`) in loraga's 
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    """The compiled module, or None and why there is none."""
+    """(module, None) if the compiled module can be used, else (None, reason)."""
     try:
         module = import_module("loraga._C")
     except ImportError as error:
@@ -34,6 +35,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def _core() -> ModuleType:
+    """The compiled module; raises RuntimeError if it cannot be used."""
     module, reason = _load()
     if module is None:
         raise RuntimeError(reason)
@@ -41,6 +43,7 @@ def _core() -> ModuleType:
 
 
 def _build_problem() -> str | None:
+    """The reason why this build of the core or of torch can use no CUDA device, or None."""
     if torch.version.hip is not None:
         return "loraga's native core has CUDA kernels only, and this torch is built for ROCm."
     if not _core().build_info()["cuda"]:
@@ -50,6 +53,7 @@ def _build_problem() -> str | None:
 
 @functools.cache
 def _device_problem(device_index: int) -> str | None:
+    """The reason why the core cannot use this CUDA device (its architecture, the driver), or None; cached."""
     core = _core()
     try:
         core.cuda.check_device(device_index)
@@ -60,13 +64,13 @@ def _device_problem(device_index: int) -> str | None:
 
 
 def why_unavailable(device: torch.device | str = "cpu") -> str | None:
-    """Why the native core cannot be used on a device, and the remedy.
+    """The reason why the native core cannot be used on a device, and what to do about it.
 
     Args:
         device (`torch.device` or `str`, *optional*): a CPU or CUDA device.
 
     Returns:
-        `str` or `None`: the reason in one sentence or two; None if the core can be used.
+        `str` or `None`: one or two sentences, or None if the core can be used.
     """
     device = torch.device(device)
     module, reason = _load()
@@ -82,9 +86,11 @@ def why_unavailable(device: torch.device | str = "cpu") -> str | None:
     if problem is not None:
         return problem
     index = torch.cuda.current_device() if device.index is None else device.index
-    # Torch puts the caller's device back without making a context on it, as the core's own guard would where nobody has
-    # touched that device. The other functions have none to put back: tensors were made on the target's device in this
-    # thread, after which torch leaves that one current unless the caller's has a context.
+    # The core makes `index` the current device and afterwards restores the previous one. If the process has not used
+    # the previous device yet, restoring it creates a CUDA context there, which takes half a gigabyte. torch restores
+    # the device without creating a context; inside its context manager `index` is current already, and the core changes
+    # nothing. The other functions do not need it: their tensors were made on the target device in this thread, and
+    # after that torch keeps the target current unless the previous device has a context.
     with torch.cuda.device(index):
         return _device_problem(index)
 
@@ -99,7 +105,7 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         `dict`: `version`, `cuda` (bool), `cuda_architectures`, `cuda_compiler` (both empty without CUDA),
-        `cxx_compiler` and `functions` (their names, space between).
+        `cxx_compiler` and `functions` (their names, separated by spaces).
 
     Raises:
         RuntimeError: the native core is not available.
@@ -110,6 +116,10 @@ def build_info() -> dict[str, Any]:
 
 
 def _check_batch(name: str, batch: torch.Tensor, dtype: torch.dtype, largest_k: int, beyond: str) -> None:
+    """Raise unless `batch` is a contiguous (batch, k, k) of `dtype` with k <= `largest_k`; `beyond` has no such limit.
+
+    The error messages call the tensor `name`.
+    """
     if not isinstance(batch, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(batch).__name__}.")
     if batch.dtype != dtype:
@@ -123,8 +133,11 @@ def _check_batch(name: str, batch: torch.Tensor, dtype: torch.dtype, largest_k: 
         raise ValueError(f"{name} must be contiguous; call {name}.contiguous() first.")
 
 
-def _home(native: ModuleType, name: str, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
-    """The functions for a device, and what they take besides: on CUDA the device and its current stream."""
+def _functions_for(native: ModuleType, name: str, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
+    """The functions for a device and their extra arguments: on CUDA a target (device, current stream), on CPU none.
+
+    Raises ValueError for a device of another type, and RuntimeError if the core cannot be used on it.
+    """
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name} must be on a cpu or cuda device, not on {device}.")
     reason = why_unavailable(device)
@@ -139,9 +152,10 @@ def jacobi_svd(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     """Singular value decompositions of many small matrices in one call, core[i] = U[i] diag(S[i]) Vh[i].
 
     One-sided Jacobi in a fixed order with float64 arithmetic (Hestenes 1958; Demmel and Veselić 1992): the same
-    input gives the same bits on the same device. On a CUDA device it is one launch on the current stream and
-    nothing waits for it. U and Vh are orthonormal also where a core is rank-deficient or zero; singular values
-    below k times 2.2e-16 of the Frobenius norm are reported as zero. Signs are as they come out. No gradient flows.
+    input gives the same bits on the same device. On a CUDA device it is one launch on the current stream, and the
+    host does not wait for it. U and Vh are orthonormal also where a core is rank-deficient or zero. Singular values
+    below k times 2.2e-16 of the Frobenius norm are reported as zero. Signs are not normalised. Autograd records
+    nothing.
 
     Args:
         core (`torch.Tensor`): (batch, k, k), float32, contiguous, k from 1 to 256, on a CPU or CUDA device.
@@ -158,7 +172,7 @@ def jacobi_svd(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     """
     native = _core()
     _check_batch("core", core, torch.float32, native.JACOBI_MAX_K, "torch.linalg.svd")
-    functions, target = _home(native, "core", core.device)
+    functions, target = _functions_for(native, "core", core.device)
     batch, k = core.shape[:2]
     u, vh = torch.empty_like(core), torch.empty_like(core)
     s = core.new_empty(batch, k)
@@ -184,7 +198,7 @@ def cholesky_inverse(gram: torch.Tensor, shift: float = 0.0) -> tuple[torch.Tens
 
     inverse[i] = L^-1 with L Lᵀ = gram[i] + shift · trace(gram[i]) · I and L lower triangular, in float64 and a fixed
     order: the same input gives the same bits on the same device. On a CUDA device it is one launch on the current
-    stream and nothing waits for it. Only the lower triangles are read. No gradient flows.
+    stream, and the host does not wait for it. Only the lower triangles are read. Autograd records nothing.
 
     Args:
         gram (`torch.Tensor`): (batch, k, k), float64, contiguous, k from 1 to 256, on a CPU or CUDA device.
@@ -192,8 +206,8 @@ def cholesky_inverse(gram: torch.Tensor, shift: float = 0.0) -> tuple[torch.Tens
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: inverse (batch, k, k), float64, zero above the diagonal, and status
-        (batch,), int32: 0 good, else the order of the first leading minor that is not positive (or not finite); the
-        whole inverse is NaN then. Both on the device of `gram`.
+        (batch,), int32: 0 good, else the order of the first leading minor that is not positive (or not finite). All
+        entries of that inverse are NaN then. Both on the device of `gram`.
 
     Raises:
         TypeError: `gram` is not a float64 tensor.
@@ -202,7 +216,7 @@ def cholesky_inverse(gram: torch.Tensor, shift: float = 0.0) -> tuple[torch.Tens
     """
     native = _core()
     _check_batch("gram", gram, torch.float64, native.CHOLESKY_MAX_K, "torch.linalg.cholesky_ex")
-    functions, target = _home(native, "gram", gram.device)
+    functions, target = _functions_for(native, "gram", gram.device)
     batch, k = gram.shape[:2]
     inverse = torch.empty_like(gram)
     status = torch.empty(batch, dtype=torch.int32, device=gram.device)
@@ -214,7 +228,7 @@ def cholesky_inverse(gram: torch.Tensor, shift: float = 0.0) -> tuple[torch.Tens
 
 
 def fill_uniform(out: torch.Tensor, seed: int) -> None:
-    """Fill `out` with the stream `seed` of uniform numbers, as `loraga.ops.declared.test_matrix_` says.
+    """Fill `out` with the uniform numbers of stream `seed`, which `loraga.ops.declared.test_matrix_` defines.
 
     Args:
         out (`torch.Tensor`): float32, contiguous, on the CPU.
@@ -232,34 +246,14 @@ def fill_uniform(out: torch.Tensor, seed: int) -> None:
     _core().cpu.fill_uniform(out.data_ptr(), out.numel(), seed & 0xFFFFFFFFFFFFFFFF)
 
 
-def gradient_add(
-    total: torch.Tensor, gradient: torch.Tensor, scale: float = 1.0, finite: torch.Tensor | None = None
-) -> torch.Tensor:
-    """total += scale · gradient in place, unless the gradient holds a NaN or Inf. On CUDA nothing waits for it.
-
-    Entries are matched in row-major order of their indices, so `total` may be a matrix (m, n) and the gradient that of
-    a convolution (m, c, h, w) with n = c h w, in any memory layout. scale · gradient + total is one fused
-    multiply-add in float32, rounded to nearest once more where `total` is bfloat16. No gradient flows.
-
-    Args:
-        total (`torch.Tensor`): float32 or bfloat16, contiguous.
-        gradient (`torch.Tensor`): float32, bfloat16 or float16, as many entries, up to 5 dimensions, any strides, on
-            the same CPU or CUDA device.
-        scale (`float`, *optional*): rounded to float32.
-        finite (`torch.Tensor`, *optional*): 0-dim bool on the device: add where it is True, whatever the gradient
-            holds. For a part of a gradient of which the whole has been looked at.
-
-    Returns:
-        `torch.Tensor`: 0-dim bool on the device: was the gradient added? `finite` itself where that is given.
-
-    Raises:
-        TypeError: a tensor of another dtype, or none.
-        ValueError: sizes, strides or devices do not fit.
-        RuntimeError: the native core is not available there (see `why_unavailable`), or a CUDA call failed.
-    """
-    native = _core()
-    sums = {torch.float32: native.Element.float32, torch.bfloat16: native.Element.bfloat16}
-    gradients = {**sums, torch.float16: native.Element.float16}
+def _check_gradient_add(
+    total: torch.Tensor,
+    gradient: torch.Tensor,
+    finite: torch.Tensor | None,
+    sums: Mapping[torch.dtype, Any],
+    gradients: Mapping[torch.dtype, Any],
+) -> None:
+    """Raise what `gradient_add` documents; `sums` and `gradients` have the dtypes that the core knows for each."""
     for name, tensor, known in (("total", total, sums), ("gradient", gradient, gradients)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}.")
@@ -277,8 +271,39 @@ def gradient_add(
         )
     if finite is not None and (finite.dtype != torch.bool or finite.numel() != 1 or finite.device != total.device):
         raise ValueError(f"finite must be one bool on {total.device}, not {finite.dtype} {tuple(finite.shape)}.")
-    functions, target = _home(native, "total", total.device)
-    given = finite is not None
+
+
+def gradient_add(
+    total: torch.Tensor, gradient: torch.Tensor, scale: float = 1.0, finite: torch.Tensor | None = None
+) -> torch.Tensor:
+    """total += scale · gradient in place, unless the gradient contains a NaN or Inf.
+
+    Entries are matched in row-major order of their indices, so `total` may be a matrix (m, n) and the gradient that of
+    a convolution (m, c, h, w) with n = c h w, in any memory layout. scale · gradient + total is one fused
+    multiply-add in float32, rounded to nearest once more where `total` is bfloat16. On a CUDA device the host does not
+    wait for it. Autograd records nothing.
+
+    Args:
+        total (`torch.Tensor`): float32 or bfloat16, contiguous.
+        gradient (`torch.Tensor`): float32, bfloat16 or float16, with as many entries as `total`, up to 5 dimensions,
+            any strides, on the same CPU or CUDA device.
+        scale (`float`, *optional*): rounded to float32.
+        finite (`torch.Tensor`, *optional*): one bool on the device. The gradient is added if it is True, and its
+            entries are not checked. For a caller that adds a gradient in parts and has checked all parts before.
+
+    Returns:
+        `torch.Tensor`: 0-dim bool on the device, True if the gradient was added; `finite` itself where it is given.
+
+    Raises:
+        TypeError: an argument is no tensor, or has another dtype.
+        ValueError: sizes, strides or devices do not fit.
+        RuntimeError: the native core is not available there (see `why_unavailable`), or a CUDA call failed.
+    """
+    native = _core()
+    sums = {torch.float32: native.Element.float32, torch.bfloat16: native.Element.bfloat16}
+    gradients = {**sums, torch.float16: native.Element.float16}
+    _check_gradient_add(total, gradient, finite, sums, gradients)
+    functions, target = _functions_for(native, "total", total.device)
     flag = finite if finite is not None else torch.empty((), dtype=torch.bool, device=total.device)
     problem = native.GradientProblem(
         sum=total.data_ptr(),
@@ -289,7 +314,7 @@ def gradient_add(
         sizes=gradient.shape,
         strides=gradient.stride(),
         scale=scale,
-        finite_is_given=given,
+        finite_is_given=finite is not None,
     )
     functions.gradient_add(problem, *target)
     return flag

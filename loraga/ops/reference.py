@@ -1,4 +1,4 @@
-"""Plain torch, any device: the reference that every other backend is held against."""
+"""Every op in plain torch, for any device: the reference that every other implementation is tested against."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
-# Added to every unit column before its Gram matrix is taken, as a share of it: large enough that a zero or dependent
-# column becomes a usable direction, far below what a sketch resolves.
+# Size of the fixed direction that is added to every column before its Gram matrix is formed, relative to the column:
+# large enough that a zero or dependent column becomes a usable direction, and far below what a sketch resolves.
 JITTER = 1e-6
 
 
 def philox(counter: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 32-bit words (as int64) of Philox4x32-10 at each `counter` (int64) under the 64-bit key `seed`."""
-    # made on the device by fills and arithmetic: nothing is copied from the host
+    # fills and arithmetic make the constants on the device, so nothing is copied from the host
     multiplier, keys = counter.new_empty(2, 1), counter.new_empty(10, 2, 1)
     for i in range(2):
         multiplier[i].fill_(_PHILOX_M[i])
@@ -45,7 +45,7 @@ def philox(counter: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @implement("test_matrix_", _KEY)
 def test_matrix_(out: Tensor, seed: int) -> None:
-    if out.is_meta:  # dry runs would spend half of their time here
+    if out.is_meta:  # there are no numbers to write, and dry runs would spend half of their time here
         return
     count = out.numel()
     words = torch.stack(philox(torch.arange((count + 3) // 4, device=out.device), seed), dim=1).view(-1)[:count]
@@ -54,12 +54,15 @@ def test_matrix_(out: Tensor, seed: int) -> None:
 
 
 def _multiplies_half(a: Tensor) -> bool:
-    """Are there products of half-precision operands with float32 sums where `a` is? Dry runs stand for a GPU."""
+    """Whether the device of `a` multiplies half-precision operands with float32 sums.
+
+    GPUs do; the meta device counts as one, because dry runs predict what a GPU does.
+    """
     return a.is_cuda or a.is_meta
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with operands as they are and float32 sums and result."""
+    """a @ b for operands of one dtype, which are not rounded or scaled; sums and result are float32."""
     if a.dtype == torch.float32:
         return a @ b
     if _multiplies_half(a):
@@ -69,20 +72,20 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def has_bfloat16_units(device: torch.device) -> bool:
-    """Does `device` multiply bfloat16 faster than float32 (CPUs with AVX512-BF16 or AMX, GPUs from sm_80 on)?"""
+    """Whether `device` multiplies bfloat16 faster than float32: CPUs with AVX512-BF16 or AMX, GPUs from sm_80 on."""
     if device.type == "cpu":
-        kinds = ("avx512_bf16", "amx_tile") if torch.backends.mkldnn.is_available() else ()
-        return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in kinds)
-    # meta: dry runs stand for a GPU
+        features = ("avx512_bf16", "amx_tile") if torch.backends.mkldnn.is_available() else ()
+        return any(getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in features)
+    # meta: dry runs predict what a GPU does
     return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
-# Rows of x or dy that go into a sum over tokens at a time on a CPU: a wide block of them then stays in cache.
+# Number of tokens (rows of x or dy) per step of a sum over tokens on a CPU. So few rows stay in cache also when wide.
 _TOKENS = 512
 
 
 def folded(p: Tensor, x: Tensor) -> Tensor:
-    """pᵀ x for p (T, k), x (T, n), as `product`."""
+    """pᵀ x for p (T, k), x (T, n) of one dtype, with float32 sums and result, as in `product`."""
     if _multiplies_half(x) or len(x) <= _TOKENS or x.shape[1] <= 1024:
         return product(p.t(), x)
     out = product(p[:_TOKENS].t(), x[:_TOKENS])
@@ -93,9 +96,12 @@ def folded(p: Tensor, x: Tensor) -> Tensor:
 
 
 def _thin(a: Tensor, w: Tensor, b: Tensor, scale: float, rounded: bool) -> Tensor:
-    """scale · (a w)ᵀ b for a (T, i), w (i, k), b (T, j), with w and a w in the dtype of a."""
+    """scale · (a w)ᵀ b for a (T, i), w (i, k), b (T, j), with w and a w rounded to the dtype of a.
+
+    With `rounded`, all operands are rounded to bfloat16 where the device multiplies that faster.
+    """
     if rounded and has_bfloat16_units(a.device):
-        if a.is_cpu:  # no float32 results there
+        if a.is_cpu:  # its bfloat16 products have no float32 result
             return _scaled(((a.bfloat16() @ w.bfloat16()).t() @ b.bfloat16()).float(), scale)
         if a.dtype == torch.float32:
             a, b = a.bfloat16(), b.bfloat16()
@@ -127,7 +133,7 @@ def _scaled(product: Tensor, scale: float) -> Tensor:
 @implement("commit_", _KEY)
 def commit_(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
     finite = all_finite(left) & all_finite(new_z)
-    # in place, so that the memory of the state is taken once
+    # in place, so that there is never a second copy of the state
     torch.where(finite, new_q, q, out=q)
     torch.where(finite, new_z, z, out=z)
     probed += torch.where(finite, left[:, q.shape[1] :], 0.0)
@@ -135,10 +141,10 @@ def commit_(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, 
 
 
 def all_finite(values: Tensor) -> Tensor:
-    """0-dim bool; one pass over `values`, no temporary of their size."""
-    if values.numel() == 0:  # an expert that no token came to
+    """Whether no entry is NaN or Inf, as a 0-dim bool: one pass over `values`, no temporary of their size."""
+    if values.numel() == 0:  # an expert that got no token
         return torch.ones((), dtype=torch.bool, device=values.device)
-    # the order does not matter, and along columns that lie in one piece it is ten times slower
+    # minimum and maximum do not depend on the order, and `aminmax` is ten times slower on a column-major matrix
     low, high = torch.aminmax(values.mT if values.dim() > 1 and values.stride(-2) == 1 else values)
     return torch.isfinite(low) & torch.isfinite(high)
 
@@ -146,18 +152,18 @@ def all_finite(values: Tensor) -> Tensor:
 @implement("accumulate_", _KEY)
 def accumulate_(g: Tensor, x: Tensor, dy: Tensor, scale: float) -> Tensor:
     added = _scaled(product(dy.t(), x), scale)
-    finite = all_finite(added)  # a NaN or Inf in x or dy comes out of the product, and that is smaller than they are
+    finite = all_finite(added)  # a NaN or Inf in x or dy makes the product NaN or Inf, and the product is smaller
     torch.where(finite, added.add_(g).to(g.dtype), g, out=g)
     return finite
 
 
 def directions(m: int, k: int, device: torch.device, by_columns: bool = False) -> Tensor:
-    """(m, k) float32, in memory by rows or by columns: the DCT's columns from the highest frequency down.
+    """(m, k) float32, row-major or (`by_columns`) column-major: the columns of the DCT from the highest frequency down.
 
-    They are orthonormal, dense, like no gradient, and need no state.
-    Entry (i, j) is √(2/m) cos(2π (2i + 1) f / 4m), f = m - 1 - j. The angle is an integer in units of 2⁻³² turns:
-    whole turns fall away as products wrap, exactly and alike on every device, where a float32 angle of a long column
-    would keep no digit.
+    They are orthonormal and dense, do not resemble a gradient, and need no state.
+    Entry (i, j) is √(2/m) cos(2π (2i + 1) f / 4m), f = m - 1 - j. The angle is a 32-bit integer in units of 2⁻³² turns.
+    When its product overflows, only full turns are lost, so the angle is exact and the same on every device. A float32
+    angle would have no correct digit in a long column.
     """
     frequency = (torch.arange(m - 1, m - 1 - k, -1, device=device) * 2**30 // m).to(torch.int32)
     odd = torch.arange(1, 2 * m, 2, dtype=torch.int32, device=device)
@@ -166,19 +172,19 @@ def directions(m: int, k: int, device: torch.device, by_columns: bool = False) -
 
 
 def shifts(m: int, k: int, refine: bool) -> tuple[float, ...]:
-    """Of each pass of CholeskyQR over an (m, k) block, as shares of the trace of its Gram matrix."""
+    """The diagonal shift of each pass of CholeskyQR over an (m, k) block, relative to the trace of its Gram matrix."""
     return (1e-15,) if not refine else (1e-15, 0.0) if m >= 1.5 * k else (1e-14, 1e-15, 0.0)
 
 
-# Directions of no more than so many numbers are kept.
-_KEPT_NUMBERS = 2**20
+# `directions` with at most this many numbers are cached.
+_CACHED_NUMBERS = 2**20
 
 
 @functools.lru_cache(maxsize=8)
-def _kept_directions(m: int, k: int, device: torch.device, by_columns: bool) -> Tensor:
-    """`directions`, kept for the few shapes that come again and again.
+def _cached_directions(m: int, k: int, device: torch.device, by_columns: bool) -> Tensor:
+    """`directions`, cached because a model has few shapes and each of them returns in every micro-batch.
 
-    On a CPU they cost as much as a Gram matrix, on a GPU ten launches.
+    To compute them costs as much as a Gram matrix on a CPU, and ten launches on a GPU.
     """
     return directions(m, k, device, by_columns)
 
@@ -187,17 +193,19 @@ def _kept_directions(m: int, k: int, device: torch.device, by_columns: bool) -> 
 def orthonormalize(y: Tensor, refine: bool) -> Tensor:
     """Column scaling, then CholeskyQR with Gram, factor and product in float64 (docs/numerics.md).
 
-    CholeskyQR2 (Yamamoto et al., 2015) in float32 fails from condition 1e4; a float64 Gram carries it to 1e7. The
-    jitter bounds the condition by about its reciprocal, so the first Cholesky always exists; the second pass removes
-    what rounding left. A square block can be worse conditioned than the jitter suggests and gets a third pass.
+    CholeskyQR2 (Yamamoto et al., 2015) in float32 fails from condition 1e4 on; with a float64 Gram matrix it works up
+    to 1e7. The jitter bounds the condition by about 1 / JITTER, so the first Cholesky factor always exists. The second
+    pass removes the error that rounding left. A square block can have a larger condition than the jitter suggests, and
+    gets a third pass.
 
-    Columns are scaled where they are few numbers: in the Gram matrix and in the inverse of its factor.
+    The columns are scaled in the Gram matrix and in the inverse factor, because these have fewer numbers than the
+    block.
     """
     m, k = y.shape[-2:]
     by_columns = y.stride(-2) == 1
-    kept = m * k <= _KEPT_NUMBERS and not y.is_meta
-    noise = (_kept_directions if kept else directions)(m, k, y.device, by_columns)
-    # float64: squares neither overflow nor vanish
+    cached = m * k <= _CACHED_NUMBERS and not y.is_meta
+    noise = (_cached_directions if cached else directions)(m, k, y.device, by_columns)
+    # in float64 the squares neither overflow nor underflow
     norm = torch.linalg.vector_norm(y, dim=-2, keepdim=True, dtype=torch.float64)
     known = norm > 0
     a = y.double().addcmul_(noise.double(), torch.where(known, JITTER * norm, 1.0))
@@ -210,7 +218,7 @@ def orthonormalize(y: Tensor, refine: bool) -> Tensor:
 
 
 def _times(a: Tensor, inverse: Tensor, by_columns: bool) -> Tensor:
-    """a · inverseᵀ in the layout of a: writing the other one takes MKL up to seven times as long (2048 x 80)."""
+    """a · inverseᵀ in the memory layout of `a`: MKL takes up to seven times as long to write the other (2048 x 80)."""
     return (inverse @ a.mT).mT if by_columns else a @ inverse.mT
 
 
@@ -218,7 +226,7 @@ def _times(a: Tensor, inverse: Tensor, by_columns: bool) -> Tensor:
 def subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
     if g.dtype == torch.float32 or _multiplies_half(g):
         return _subspace(g, k, iterations, seeds, g.dtype)
-    # no half-precision products with float32 sums here: one matrix at a time, widened once
+    # this device has no half-precision products with float32 sums: widen one matrix at a time, to limit the memory
     b, m, n = g.shape
     q, z = (torch.empty(b, *shape, dtype=torch.float32, device=g.device) for shape in ((m, k), (k, n)))
     for i, seed in enumerate(seeds):
@@ -227,10 +235,10 @@ def subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[
 
 
 def _subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`subspace` with thin operands rounded to `dtype`, the dtype of `g` before it was widened, if it was.
+    """`subspace` with thin operands rounded to `dtype`, the dtype that `g` had before it was widened to float32.
 
-    `g` is never scaled: columns of about unit norm (an orthonormal V, Q; Ω by chance) make products no larger than
-    the spectral norm of `g`, which S must be able to hold anyway, and `orthonormalize` takes them at any scale.
+    `g` is never scaled. The products with V and Q, which are orthonormal, and with the random Ω have no entries much
+    larger than the spectral norm of `g`, which S must represent anyway. `orthonormalize` accepts any scale.
     """
     b, _, n = g.shape
     v = torch.empty(b, n, k, dtype=torch.float32, device=g.device)
@@ -242,8 +250,9 @@ def _subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int], dtype: t
     q = declared.orthonormalize(_batched_product(g, v.to(dtype)))
     if dtype == torch.float32:
         return q, _batched_product(q.mT, g)
-    # Rounding Q to bfloat16 once would cost S three digits (measured: 3e-4 of the largest): what it leaves goes in as
-    # columns of their own. Before, rounding costs nothing: 5e-7 of the captured energy without this, nothing with it.
+    # Rounding Q to bfloat16 would cost S three digits (measured: 3e-4 of the largest). Therefore Q goes in as the sum
+    # of two rounded matrices, whose columns are multiplied in one product. The earlier products need no such sum: with
+    # only this one, no captured energy is lost (without it, 5e-7 of the energy).
     high = q.to(dtype)
     z = _batched_product(torch.cat((high, (q - high).to(dtype)), dim=-1).mT, g)
     return q, z[:, :k] + z[:, k:]
@@ -260,7 +269,8 @@ def _batched_product(a: Tensor, b: Tensor) -> Tensor:
 
 @implement("small_svd", _KEY)
 def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # LAPACK raises on NaN, and squares inside overflow near the ends of float32: scale, and blank what has no meaning
+    # LAPACK raises on NaN, and squares inside it overflow near the ends of the float32 range. Therefore cores are
+    # scaled by their largest entry, and a core with NaN or Inf is replaced by zero.
     largest = core.abs().amax(dim=(-2, -1), keepdim=True)
     usable = torch.isfinite(largest) & (largest > 0)
     scaled = torch.where(usable, core / torch.where(usable, largest, 1.0), 0.0)
@@ -272,16 +282,17 @@ def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _svd_by_eigenvalues(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The full SVD of `core` (..., k, k) float64 by the eigenvectors of its Gram matrix.
 
-    For large cores on a GPU: cuSOLVER takes the SVDs of a batch one by one, in many small steps each, its symmetric
-    eigenproblems in large ones. Squaring halves the digits of float64. What is left: S is right to 1e-8 of the largest,
-    U and Vh are orthonormal to 1e-5, and Vh are singular vectors as far as S is 1e-5 of the largest or more.
+    For large cores on a GPU: cuSOLVER computes the SVDs of a batch one by one, each in many small launches, but
+    symmetric eigenproblems in large launches. Squaring the core halves the digits of float64. The accuracy that
+    remains: S is right to 1e-8 of the largest, U and Vh are orthonormal to 1e-5, and rows of Vh are singular vectors
+    where S is at least 1e-5 of the largest.
     """
     u = torch.linalg.eigh(core @ core.mT).eigenvectors
     rows = u.mT @ core
     s, order = torch.linalg.vector_norm(rows, dim=-1).sort(dim=-1, descending=True, stable=True)
     u = u.gather(-1, order[..., None, :].expand_as(u))
     rows = rows.gather(-2, order[..., None].expand_as(rows))
-    known = ((s >= 1e-5 * s[..., :1]) & (s > 0))[..., None]  # shorter rows are not orthogonal any more
+    known = ((s >= 1e-5 * s[..., :1]) & (s > 0))[..., None]  # shorter rows are no longer orthogonal
     rows = torch.where(known, rows / s[..., None], 0.0)
     return u, s, torch.where(known, rows, declared.orthonormalize(rows.mT.float()).mT.double())
 
@@ -292,12 +303,12 @@ def cholesky_inverse(gram: Tensor, shift: float) -> Tensor:
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     lower, info = torch.linalg.cholesky_ex(gram + shift * trace * eye)
     inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    # LAPACK calls a NaN or Inf that comes up after the last pivot a success
+    # LAPACK reports success when a NaN or Inf appears after the last pivot
     usable = (info[..., None, None] == 0) & torch.isfinite(inverse).all(dim=(-2, -1), keepdim=True)
     return torch.where(usable, inverse, torch.nan).contiguous()
 
 
-# Entries that the reference of gradient_add_ widens at a time: a whole gradient twice is what the op is there to avoid.
+# Entries that `gradient_add_` widens to float32 at a time: the op exists to avoid a second copy of the gradient.
 _CHUNK = 2**18
 
 

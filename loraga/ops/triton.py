@@ -1,6 +1,7 @@
-"""CUDA devices: each op goes to its Triton kernel where that was measured to win, else to plain torch.
+"""CUDA devices: each op runs its Triton kernel where that was measured to be faster, else plain torch.
 
-Triton and the kernels are imported when a kernel is first picked; where they do not work plain torch does all of it.
+Triton and the kernels are imported when a kernel is picked for the first time. Where Triton does not work, plain torch
+runs every op.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ def _arch(device: torch.device) -> int:
 
 
 def launcher_for(op: str, large: tuple[torch.Tensor, ...], arch: int) -> Any:
-    """The kernel launcher for these operands on compute capability `arch`, or the reference where no kernel wins.
+    """The kernel launcher for these operands on compute capability `arch`, or the reference where that is faster.
 
-    The width of the last operand is what the table of wins goes by: of x and dy, where they are summed onto a buffer.
+    `arch` is 10 · major + minor. The table of measurements is indexed by the bits per number of the last operand: for
+    `accumulate_`, whose first operand is the buffer, these are the bits of x and dy.
     """
     if not choice.picks(op, arch, large[-1], choice.work(*large)) or not _works(large[-1].device):
         return getattr(reference, op)
@@ -47,7 +49,10 @@ def launcher_for(op: str, large: tuple[torch.Tensor, ...], arch: int) -> Any:
 
 @functools.cache
 def _works(device: torch.device) -> bool:
-    """Can Triton build and launch a kernel for `device` here (it needs a C compiler, for one)? Says once why not."""
+    """Whether Triton can build and launch a kernel on `device`: it needs a C compiler, for example.
+
+    If not, the first call warns with the reason.
+    """
     try:
         from loraga.kernels import random
 
@@ -70,7 +75,7 @@ def _register(op: str) -> None:
     @implement(op, "CUDA")
     def run(*args: Any) -> Any:
         device = args[0].device
-        with torch.cuda.device(device):  # Triton launches on the current one
+        with torch.cuda.device(device):  # Triton launches on the current device
             return launcher_for(op, args[:count], _arch(device))(*args)
 
 

@@ -1,1 +1,1 @@
-"""What an initialisation will need, counted on shapes without weights."""
+"""Predictions of what an initialisation needs, from the shapes of a model without weights."""

@@ -1,10 +1,13 @@
-"""What an initialisation will need, from shapes alone: state, flops, time at given ceilings, memory, traffic.
+"""Predicts what an initialisation needs, from shapes alone: state, flops, time at given ceilings, memory, traffic.
 
-The computation itself is run on the meta device, where tensors have no numbers, and counted op by op (`dry_run`):
-forward and backward of transformers' own code, the taps, the estimators' updates and their finish, and beside it the
-training step of PEFT's LoRA. So there is no formula here for any architecture, and none that would have to follow a
-change. Of a long run of equal blocks three and four are run, and the rest is extrapolated, which is exact: whatever is
-counted grows by the same amount with each further block, as long as peaks are told apart by where they occur.
+The computation runs on the meta device, where tensors have no numbers, and `dry_run` counts it op by op. It consists of
+forward and backward of transformers' own code, the taps, the updates of the estimators and their `finish`, and for
+comparison the training step of PEFT's LoRA. So there is no formula for any architecture here, and none that has to be
+adapted when a model changes.
+
+A model has long lists of equal blocks. Dry runs use three and four blocks of each list, and the rest is extrapolated.
+That is exact, because every count grows by the same amount with each further block. A peak does so only if it stays at
+the same place, and therefore peaks are counted by phase.
 """
 
 from __future__ import annotations
@@ -41,20 +44,26 @@ from loraga.start import starts
 if TYPE_CHECKING:
     from loraga.integrations.peft import LoraConfig
 
-# numbers by what they count
+# Results of a dry run by key, such as "flops" or ("peak", phase).
 Found = defaultdict[Any, float]
 META = torch.device("meta")
-# blocks of a run that are looked at; with one more the growth per block is known
+# Blocks of each list in the first dry run. The second has one more, which shows the growth per block.
 _BLOCKS = 3
-_MOMENTS = 2  # of AdamW, for each trained number
+_MOMENTS = 2  # AdamW stores two numbers for each trained one
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Target layers of one shape (out_features, in_features); the numbers are those of all `count` together.
+    """Target layers of one shape and rank. Bytes and flops are sums over all `count` layers.
 
-    `columns` of the sketch (0: the gradient itself is summed), `flops` of taking in a micro-batch, `merged_bytes` that
-    a rank puts into all-reduces.
+    Attributes:
+        shape (`tuple[int, int]`): (out_features, in_features).
+        count (`int`): number of layers.
+        kind (`str`): the estimator, "streaming" or "dense".
+        columns (`int`): columns of the sketch, 0 for "dense".
+        state_bytes (`int`): state of the estimators.
+        merged_bytes (`int`): what a rank sends in all-reduces.
+        flops (`float`): of the updates for one micro-batch.
     """
 
     shape: tuple[int, int]
@@ -68,11 +77,23 @@ class Layers:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked, and what is predicted for it. Bytes are those of one rank.
+    """The arguments of `plan` and its predictions. Bytes are those of one rank.
 
-    `model_flops` are those of forward and backward of one micro-batch, with the frozen base, `update_flops` ours.
-    `seconds` for all micro-batches by part, empty without ceilings. `peaks` of the initialisation, and of a step of
-    LoRA training with AdamW on one micro-batch, both with and without gradient checkpointing; weights included.
+    Attributes:
+        parameters (`int`): of the model, without the adapter.
+        dtype (`str`): of the model's first parameter, such as "bfloat16".
+        rank (`int`): `r` of the adapter.
+        rows, length, micro_batches, checkpointing, ranks, ceilings: the arguments of `plan`.
+        layers (`list[Layers]`): target layers by shape and rank.
+        weight_bytes, adapter_bytes (`int`): of the model with its buffers, and of the adapter.
+        model_flops (`float`): of forward and backward of one micro-batch, where the base is frozen.
+        update_flops (`float`): of the estimators' updates for one micro-batch.
+        seconds (`dict[str, float]`): time of all micro-batches by part, empty without ceilings.
+        peaks (`dict[str, float]`): peak memory in bytes, weights included, of "initialisation" and of
+            "LoRA training step" (one micro-batch with AdamW). `CHECKPOINTED` at the end of a key means with gradient
+            checkpointing.
+        merged_bytes (`int`): what a rank sends in all-reduces.
+        broadcast_bytes (`int`): factors that rank 0 sends.
     """
 
     parameters: int
@@ -96,10 +117,11 @@ class Plan:
 
     @property
     def state_bytes(self) -> int:
+        """State of all estimators."""
         return sum(layers.state_bytes for layers in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
+        """All fields and `state_bytes` as plain values, for JSON."""
         return {**asdict(self), "state_bytes": self.state_bytes}
 
     def __str__(self) -> str:
@@ -120,10 +142,10 @@ class Plan:
             f"({self.update_flops / self.model_flops:.1%})",
         ]
         if self.ceilings is not None:
-            whole = sum(self.seconds.values())
+            total = sum(self.seconds.values())
             lines.append(
                 f"time, a prediction at {self.ceilings.flops / 1e12:g} TFLOP/s and {self.ceilings.bytes / 1e9:g} GB/s, "
-                f"which nothing exceeds: {whole:.3g} s ("
+                f"which nothing exceeds: {total:.3g} s ("
                 + ", ".join(f"{part} {seconds:.3g} s" for part, seconds in self.seconds.items())
                 + ")"
             )
@@ -140,8 +162,8 @@ class Plan:
 
 
 CHECKPOINTED = ", checkpointed"
-# Before these, backward of attention with fewer heads of keys has wrong shapes on the meta device, and models enter an
-# autocast that does not exist there.
+# In older versions of torch, backward of attention with fewer heads of keys has wrong shapes on the meta device. Older
+# versions of transformers use an autocast that does not exist for that device.
 _LEAST = {"torch": (2, 9), "transformers": (5, 0)}
 
 
@@ -160,18 +182,18 @@ def plan(
     """Predict what `fast_init` needs for a language model.
 
     Args:
-        model (`nn.Module`): of transformers, on the meta device. It gets the adapter.
+        model (`nn.Module`): a model of transformers on the meta device. The adapter is added to it.
         lora_config (`peft.LoraConfig`): for `model`.
-        rows, length (`int`): of a micro-batch: `rows` sequences of `length` tokens, nothing padded.
-        micro_batches (`int`): of a rank.
-        ranks (`int`): data-parallel processes that make one adapter together.
-        checkpointing (`bool`): count the work that gradient checkpointing repeats.
+        rows, length (`int`): a micro-batch has `rows` sequences of `length` tokens, without padding.
+        micro_batches (`int`): number of micro-batches of a rank.
+        ranks (`int`): number of data-parallel processes that make one adapter together.
+        checkpointing (`bool`): flops and times include the forward that gradient checkpointing repeats.
         init (`InitConfig`, *optional*): as in `fast_init`.
-        ceilings (`Ceilings`, *optional*): of the device, for times.
+        ceilings (`Ceilings`, *optional*): of the device. Without them no times are predicted.
 
     Raises:
-        ValueError: no target layer, a rank too large for one of them, a model whose work depends on values, or a torch
-            or transformers that is too old.
+        ValueError: there is no target layer, the rank is too large for one, the computation of the model depends on
+            values, or torch or transformers is too old.
     """
     check_versions()
     init = init or InitConfig()
@@ -185,22 +207,13 @@ def plan(
     trial = _Trial(peft_model, {"input_ids": ids, "labels": ids}, init, micro_batches, ceilings)
     seen = {way: trial.gradients(bool(way)) for way in ("", CHECKPOINTED)}
     finishing = trial.finishing(slots)
-    estimators = {slot.name: trial.estimator(slot) for slot in slots}
-    layers = _layers(slots, estimators, seen[""])
+    layers = _layers(slots, {slot.name: trial.estimator(slot) for slot in slots}, seen[""])
     base = weight_bytes + adapter_bytes
     peaks = {}
-    for way in seen:
-        peaks["initialisation" + way] = base + max(_peak(seen[way]), finishing.extra)
-        moments = _MOMENTS * adapter_bytes
-        peaks["LoRA training step" + way] = base + moments + _peak(trial.training(bool(way)))
+    for way, found in seen.items():
+        peaks["initialisation" + way] = base + max(_peak(found), finishing.extra)
+        peaks["LoRA training step" + way] = base + _MOMENTS * adapter_bytes + _peak(trial.training(bool(way)))
     work = seen[CHECKPOINTED if checkpointing else ""]
-    seconds = {}
-    if ceilings is not None:
-        seconds = {
-            "forward and backward": micro_batches * work["seconds"],
-            "sketches": work["first", "seconds"] + (micro_batches - 1) * work["later", "seconds"],
-            "factors": finishing.seconds,
-        }
     return Plan(
         parameters=parameters,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -215,7 +228,7 @@ def plan(
         model_flops=work["flops"],
         update_flops=sum(group.flops for group in layers),
         ceilings=ceilings,
-        seconds=seconds,
+        seconds=_seconds(work, micro_batches, finishing) if ceilings is not None else {},
         peaks=peaks,
         ranks=ranks,
         merged_bytes=sum(group.merged_bytes for group in layers) if ranks > 1 else 0,
@@ -223,8 +236,17 @@ def plan(
     )
 
 
+def _seconds(work: Mapping[Any, float], micro_batches: int, finishing: Cost) -> dict[str, float]:
+    """Time of an initialisation by part; `work` is what `_Trial.gradients` found for one micro-batch."""
+    return {
+        "forward and backward": micro_batches * work["seconds"],
+        "sketches": work["first", "seconds"] + (micro_batches - 1) * work["later", "seconds"],
+        "factors": finishing.seconds,
+    }
+
+
 class _Trial:
-    """Dry runs of one model with its adapter, on one batch."""
+    """Dry runs of one model with its adapter on one batch."""
 
     def __init__(
         self,
@@ -239,14 +261,15 @@ class _Trial:
         self._updates: dict[Hashable, tuple[Cost, Cost]] = {}
 
     def estimator(self, slot: AdapterSlot) -> Estimator:
-        """The layer's estimator, on the meta device."""
+        """A new estimator of the layer, on the meta device."""
         spec = LayerSpec(slot.name, *slot.shape, starts.triplets(self._init, slot.rank, slot.shape), 0, META)
         return make_estimator(spec, self._init, self._micro_batches, many=self._micro_batches > BFLOAT16_LIMIT)
 
     def gradients(self, checkpointing: bool) -> Found:
-        """Forward, backward and updates of a micro-batch: what `_extrapolated` says, updates apart.
+        """Forward, backward and updates of one micro-batch: the keys of `_extrapolated`, and those of the updates.
 
-        `("first" or "later", "seconds")` are those of updates, `("later", shape)` their flops.
+        "flops" and "seconds" do not include the updates. Theirs are ("first", "seconds") for the first micro-batch,
+        ("later", "seconds") for any other, and the flops ("later", shape) of all layers of one shape.
         """
         return self._extrapolated(self._gradients, checkpointing)
 
@@ -255,11 +278,11 @@ class _Trial:
         return self._extrapolated(self._training, checkpointing)
 
     def finishing(self, slots: list[AdapterSlot]) -> Cost:
-        """From state to factors, the state included."""
+        """Cost of computing the factors from the estimators' state; `extra` includes the state."""
         estimators = {slot.name: self.estimator(slot) for slot in slots}
         run = DryRun(self._ceilings)
         with run, run.aside() as cost:
-            run.take_in(tensor for estimator in estimators.values() for tensor in estimator.state)
+            run.include(tensor for estimator in estimators.values() for tensor in estimator.state)
             factors: dict[str, Any] = {}
             for chunk, _ in finish_in_chunks(estimators, dict.fromkeys(estimators, 1.0)):
                 factors |= chunk
@@ -271,7 +294,7 @@ class _Trial:
 
         def on_pair(name: str, x: Tensor, dy: Tensor) -> None:
             first, later = self._update(run, slots[name], x, dy)
-            run.touch(max(first.extra, later.extra))
+            run.count_temporary(max(first.extra, later.extra))
             found["first", "seconds"] += first.seconds
             found["later", "seconds"] += later.seconds
             found["later", slots[name].shape] += later.flops
@@ -285,8 +308,8 @@ class _Trial:
         return found
 
     def _update(self, run: DryRun, slot: AdapterSlot, x: Tensor, dy: Tensor) -> tuple[Cost, Cost]:
-        """Of a first and of a later micro-batch."""
-        key = self.estimator(slot).kind, x.shape, dy.shape, x.dtype
+        """Costs of an estimator's first update and of a later one. Layers with equal estimators share the result."""
+        key = self.estimator(slot).finish_key, x.shape, dy.shape, x.dtype
         if key not in self._updates:
             with run.aside():
                 estimator = self.estimator(slot)
@@ -305,26 +328,30 @@ class _Trial:
         return defaultdict(float)
 
     def _extrapolated(self, computation: Callable[[DryRun], Found], checkpointing: bool) -> Found:
-        """`computation` on the whole model: its own numbers, "flops", "seconds" and ("peak", phase) in bytes."""
+        """Results of `computation` for the model with all blocks, from dry runs with `_BLOCKS` blocks and one more.
+
+        Keys are those that `computation` returns, "flops", "seconds", and ("peak", phase) in bytes.
+        """
         stacks = _stacks(self._peft_model)
         short = dict.fromkeys(stacks, _BLOCKS)
         base = self._run(computation, short, checkpointing)
-        whole = base.copy()
+        total = base.copy()
         for name, blocks in stacks.items():
             longer = self._run(computation, {**short, name: _BLOCKS + 1}, checkpointing)
             for key, value in longer.items():
-                whole[key] += (len(blocks) - _BLOCKS) * (value - base[key])
-        return whole
+                total[key] += (len(blocks) - _BLOCKS) * (value - base[key])
+        return total
 
     def _run(self, computation: Callable[[DryRun], Found], depths: Mapping[str, int], checkpointing: bool) -> Found:
+        """One dry run, with the first `depths[name]` blocks of each list."""
         run = DryRun(self._ceilings)
         run.leave_out([*self._peft_model.parameters(), *self._peft_model.buffers()])
         with ExitStack() as undo:
             if checkpointing:
                 undo.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore", FutureWarning)  # transformers 6 has another name for it
+                warnings.simplefilter("ignore", FutureWarning)  # transformers 6 renames the method
                 model = self._peft_model.base_model.model
-                model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": run.again})
+                model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": run.checkpoint_contexts})
                 undo.callback(model.gradient_checkpointing_disable)
             for name, depth in depths.items():
                 undo.enter_context(_shortened(self._peft_model, name, depth, run))
@@ -341,7 +368,7 @@ class _Trial:
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Lists of more than a few equal blocks, by name. The first may differ: T5's keeps the position bias."""
+    """Lists of more than `_BLOCKS` equal blocks, by name. The first block may differ: T5's has the position bias."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) <= _BLOCKS or name.startswith(tuple(found)):
@@ -352,16 +379,18 @@ def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def _signature(block: nn.Module) -> Hashable:
-    kinds = tuple((name, type(module)) for name, module in block.named_modules())
-    return kinds, tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
+    """Equal for blocks with the same modules and parameters."""
+    modules = tuple((name, type(module)) for name, module in block.named_modules())
+    return modules, tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
 
 
 @contextmanager
 def _shortened(model: nn.Module, name: str, depth: int, run: DryRun) -> Iterator[None]:
-    """The list `name` with its first `depth` blocks; a phase of `run` begins where backward comes to the first block.
+    """Context in which the list `name` has only its first `depth` blocks.
 
-    The highest peak of a backward pass through equal blocks is at one of its ends, and with more blocks it may change
-    from one to the other, so the ends are told apart.
+    A phase of `run` starts when backward reaches the first block. The peak of a backward pass through equal blocks is
+    at the first or at the last block, and with more blocks it may move from one to the other. With two phases both are
+    counted separately.
     """
     parent = model.get_submodule(name.rpartition(".")[0])
     key = name.rpartition(".")[2]
@@ -382,6 +411,7 @@ def _shortened(model: nn.Module, name: str, depth: int, run: DryRun) -> Iterator
 
 
 def _layers(slots: list[AdapterSlot], estimators: Mapping[str, Estimator], seen: Mapping[Any, float]) -> list[Layers]:
+    """Group the slots by shape and rank; `seen` is what `_Trial.gradients` found."""
     groups: defaultdict[tuple[tuple[int, int], int], list[AdapterSlot]] = defaultdict(list)
     for slot in slots:
         groups[slot.shape, slot.rank].append(slot)
@@ -405,16 +435,17 @@ def _layers(slots: list[AdapterSlot], estimators: Mapping[str, Estimator], seen:
 
 
 def _peak(seen: Mapping[Any, float]) -> float:
+    """The largest peak of all phases."""
     return max(value for key, value in seen.items() if isinstance(key, tuple) and key[0] == "peak")
 
 
 def _factor_bytes(slot: AdapterSlot, init: InitConfig) -> int:
-    """U, S, Vh in float32 and the energy in float64 of one layer."""
+    """Bytes of one layer's U, S, Vh in float32 and its energy in float64."""
     return 4 * starts.triplets(init, slot.rank, slot.shape) * (sum(slot.shape) + 1) + 8
 
 
 def check_versions() -> None:
-    """Raises `ValueError` where torch or transformers is too old for a dry run."""
+    """Raise `ValueError` if torch or transformers is too old for a dry run."""
     for library, least in _LEAST.items():
         found = version(library)
         if release_of(found) < least:

@@ -1,4 +1,4 @@
-"""From an estimation to its report and its warnings."""
+"""Makes the report of an estimation, and its warnings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loraga.report.report import INITIALISED, ORDINARY, TIED, InitReport, LayerR
 
 
 class Target(Protocol):
-    """What a report says of a layer: its name, (m, n) and r, and what a zero gradient means."""
+    """What a report needs to know of a layer: its name, (m, n) and r, and the reason to give for a zero gradient."""
 
     @property
     def name(self) -> str: ...
@@ -28,7 +28,7 @@ class Target(Protocol):
 def report_of(
     targets: Iterable[Target], unsupported: Mapping[str, str], estimation: Estimation, init: InitConfig, seed: int
 ) -> InitReport:
-    """What became of every target, and of the layers that are none, each with its reason."""
+    """The report on every target, and on the layers that loraga cannot start, by name with the reason."""
     layers = [_layer_report(target, estimation) for target in targets]
     layers += [LayerReport(name, (0, 0), 0, ORDINARY, reason) for name, reason in unsupported.items()]
     return InitReport(
@@ -45,9 +45,9 @@ def report_of(
 
 
 def why_unseen(name: str, estimation: Estimation) -> str:
-    """Why nothing is known of a layer's gradient, or an empty string."""
+    """The reason why nothing is known of a layer's gradient; an empty string if something is."""
     if name not in estimation.estimates:
-        # under reentrant checkpointing a block runs without gradients first, and only then if its input needs one
+        # reentrant checkpointing runs a block without gradients first, and again with them only if its input needs one
         return "called, but no gradient reached it" if name in estimation.called else "never called with gradients on"
     return "every micro-batch had NaN or Inf" if estimation.skipped[name] == estimation.updates[name] else ""
 
@@ -78,7 +78,7 @@ def _layer_report(target: Target, estimation: Estimation) -> LayerReport:
 
 
 def warn_about(report: InitReport, stacklevel: int) -> None:
-    """Name the layers that the gradient did not start, and micro-batches left out."""
+    """Warn of layers that the gradient did not start, and of micro-batches that were left out."""
     ordinary = {layer.name: layer.reason for layer in report.ordinary if layer.reason != TIED}
     if ordinary:
         warn_of_ordinary(ordinary, stacklevel + 1)
@@ -87,11 +87,11 @@ def warn_about(report: InitReport, stacklevel: int) -> None:
 
 
 def warn_of_ordinary(reasons: Mapping[str, str], stacklevel: int) -> None:
-    """Name layers that keep an ordinary start, each with its reason."""
+    """Warn of layers that keep an ordinary start, each with its reason."""
     named = listed([f"{name} ({reason})" for name, reason in reasons.items()])
     warnings.warn(f"These layers keep an ordinary LoRA start: {named}.", stacklevel=stacklevel)
 
 
 def skipped(seen: Estimation | InitReport) -> str:
-    """How many micro-batches were left out, in words."""
+    """The sentence that says how many micro-batches were left out."""
     return f"{seen.skipped_batches} of {seen.micro_batches} micro-batches gave NaN or Inf and were left out"

@@ -1,4 +1,4 @@
-"""Draws a report: how fast each layer's spectrum falls, and how much of it the start captured."""
+"""Draws a report: the spectrum of each layer's gradient, and the share of its energy that the start captured."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from loraga.report.text import module_type, shorten
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from loraga.report.report import LayerReport
 
-MAX_BARS = 24  # more layers than that become a strip by module type
-MAX_KINDS = 30
+MAX_BARS = 24  # a report of more layers has one strip of dots per module type in place of one bar per layer
+MAX_TYPES = 30
 LABEL_WIDTH = 34
 FLOOR = 1e-7  # float32: singular values below this share of the first are rounding
 
 
 def draw(layers: Sequence[LayerReport], title: str) -> Any:
-    """Two panels as one `matplotlib.figure.Figure`.
+    """Draw the two panels of a report into one `matplotlib.figure.Figure`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -41,7 +43,7 @@ def draw(layers: Sequence[LayerReport], title: str) -> Any:
     # The light end of the map is hard to see on white.
     norm = Normalize(0, max(1, max(depth.values())) / 0.9)
     colour = {name: colormaps["viridis"](norm(d)) for name, d in depth.items()}
-    rows = len(layers) if few else min(MAX_KINDS, len({kind(layer.name) for layer in layers}))
+    rows = len(layers) if few else min(MAX_TYPES, len({module_type(layer.name) for layer in layers}))
     height = max(4.2, 1.6 + 0.3 * rows) if few else max(5.2, 2.2 + 0.42 * rows)
     figure = Figure(figsize=(12, height), layout="constrained")
     spectra, energy = figure.subplots(1, 2)
@@ -66,28 +68,8 @@ def draw(layers: Sequence[LayerReport], title: str) -> Any:
     return figure
 
 
-def kind(name: str) -> str:
-    """What a layer is, without the block it is in: `model.layers.3.mlp.up_proj` is `mlp.up_proj`."""
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts) or name
-
-
-def shorten(name: str, width: int) -> str:
-    """`name` within `width`: inner parts become their first letters, block numbers stay, as they tell layers apart."""
-    parts = name.split(".")
-    for i in [*range(1, len(parts) - 2), 0] if len(parts) > 3 else []:
-        if len(".".join(parts)) > width and not parts[i].isdigit():
-            parts[i] = parts[i][:1]
-    short = ".".join(parts)
-    if len(short) <= width:
-        return short
-    tail = (width - 2) * 2 // 3
-    return f"{short[: width - 2 - tail]}..{short[-tail:]}"
-
-
 def _depths(layers: Sequence[LayerReport]) -> dict[str, int]:
-    """Which block a layer is in: blocks are counted in the order of the model."""
+    """The number of the block that each layer is in; blocks are counted in the order of the model."""
     blocks: dict[str, int] = {}
     depths = {}
     for layer in layers:
@@ -139,17 +121,17 @@ def _bars(axes: Axes, layers: Sequence[LayerReport], colour: dict[str, Any]) -> 
 
 
 def _strip(axes: Axes, layers: Sequence[LayerReport], colour: dict[str, Any], depth: dict[str, int]) -> None:
-    common = [name for name, _ in Counter(kind(layer.name) for layer in layers).most_common()]
-    kinds = list(dict.fromkeys(kind(layer.name) for layer in layers))
-    if len(kinds) > MAX_KINDS:
-        kept = set(common[: MAX_KINDS - 1])
-        kinds = [name for name in kinds if name in kept] + ["others"]
-    row = {name: y for y, name in enumerate(kinds)}
+    common = [name for name, _ in Counter(module_type(layer.name) for layer in layers).most_common()]
+    types = list(dict.fromkeys(module_type(layer.name) for layer in layers))
+    if len(types) > MAX_TYPES:
+        kept = set(common[: MAX_TYPES - 1])
+        types = [name for name in types if name in kept] + ["others"]
+    row = {name: y for y, name in enumerate(types)}
     shares: dict[int, list[float]] = defaultdict(list)
     for layer in layers:
         if layer.captured_energy is None:
             continue
-        y = row.get(kind(layer.name), len(kinds) - 1)
+        y = row.get(module_type(layer.name), len(types) - 1)
         share = 100 * layer.captured_energy
         shares[y].append(share)
         # Within a row the first block is on top, the last one at the bottom.
@@ -157,8 +139,8 @@ def _strip(axes: Axes, layers: Sequence[LayerReport], colour: dict[str, Any], de
         axes.plot(share, y + offset, "o", markersize=4.5, color=colour[layer.name], alpha=0.8, mew=0, clip_on=False)
     for y, values in shares.items():
         axes.plot([median(values)] * 2, [y - 0.38, y + 0.38], color="black", linewidth=2)
-    ordinary = Counter(row.get(kind(layer.name), len(kinds) - 1) for layer in layers if not layer.initialised)
-    labels = [f"{name} ({ordinary[y]} ordinary)" if ordinary[y] else name for y, name in enumerate(kinds)]
+    ordinary = Counter(row.get(module_type(layer.name), len(types) - 1) for layer in layers if not layer.initialised)
+    labels = [f"{name} ({ordinary[y]} ordinary)" if ordinary[y] else name for y, name in enumerate(types)]
     _label_rows(axes, labels)
     axes.grid(True, color="0.9")
 

@@ -1,1 +1,1 @@
-"""The start: factors of a gradient become A and B. Knows tensors only."""
+"""The start of an adapter: factors of a gradient become A and B. Nothing here knows of models or of PEFT."""

@@ -1,4 +1,4 @@
-"""Which singular directions of a gradient A and B take, and how long they are."""
+"""The recipes: which singular directions of a gradient the rows of A and the columns of B take, and their lengths."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from loraga.linalg import seed_of
 def lora_ga(
     top: Factors, pairs: int, direction: str, name: str, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """LoRA-GA's directions (arXiv 2407.05000, as its official code takes them), all of length 1.
+    """The directions of LoRA-GA (arXiv 2407.05000, as in its official code), all of length 1.
 
-    A and B get disjoint slices of the first 2 `pairs` singular vectors. No singular value enters, so the result does
-    not depend on the scale of the loss.
+    A0 and B0 take disjoint sets of the first 2 p triplets, with p = `pairs`. Singular values are not used, so the
+    result does not depend on the scale of the loss.
 
     Args:
-        top (`Factors`): at least 2 `pairs` triplets of the gradient (m, n).
-        pairs (`int`): p, the rank of the recipe.
+        top (`Factors`): q >= 2 p triplets of the gradient (m, n).
+        pairs (`int`): p, the rank of the paper's recipe.
         direction (`str`): see `InitConfig`.
-        name, seed (`str`, `int`): of `direction="random"`. The global generators are not touched.
+        name (`str`), seed (`int`): they decide the draw of `direction="random"`. The global random generators are not
+            used.
 
     Returns:
-        `tuple[Tensor, Tensor, Tensor]`: A0 (p, n), B0 (m, p), and the right singular vectors that A0 leaves, leading
-        ones first, (q - p, n) for q triplets in `top`.
+        `tuple[Tensor, Tensor, Tensor]`: A0 (p, n), B0 (m, p), and the right singular vectors that A0 does not take,
+        (q - p, n), in the order of their singular values.
     """
     for_a, for_b = _indices(pairs, direction, name, seed)
     left_over = [index for index in range(top.rank) if index not in set(for_a)]
@@ -36,7 +37,17 @@ def lora_ga(
 
 
 def lora_one(top: Factors, gamma: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """LoRA-One's A and B (arXiv 2502.01235): B A is the best step of that rank along -G over gamma times its norm.
+    """A and B of LoRA-One (arXiv 2502.01235): B A is the best approximation of -G / (gamma |G|) of that rank.
+
+    |G| is the largest singular value of G.
+
+    Args:
+        top (`Factors`): r triplets of the gradient G (m, n).
+        gamma (`float`): see `InitConfig.lora_one_gamma`.
+        name (`str`): of the layer, for the message.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: A (r, n) and B (m, r).
 
     Raises:
         ValueError: the gradient is zero.
@@ -61,23 +72,26 @@ def sizes(
     name: str,
     sigma: Tensor | None,
 ) -> tuple[float | Tensor, float | Tensor]:
-    """How long a row of A (and its column of B) is: one that is mirrored, and one whose column of B is zero.
+    """Two lengths: that of a mirrored row of A and its column of B, and that of a row of A whose column of B is zero.
 
-    docs/starts.md derives both from the first step. `"stable"`: with Adam, the step is that of the paper's LoRA-GA at
-    half of the rank and the same alpha. `"gd"`: with plain gradient descent, the step is that of full fine-tuning,
-    projected on the directions of A and B.
+    docs/starts.md derives both from the first step of training. With `"stable"` and Adam, that step is the one of the
+    paper's LoRA-GA at half of the rank and the same alpha. With `"gd"` and plain gradient descent, it is the one of
+    full fine-tuning, projected on the directions of A and B.
 
     Args:
         config (`InitConfig`): scale and gamma.
         shape (`tuple[int, int]`): (m, n) = (out_features, in_features).
         rank (`int`): r of the adapter.
         scaling (`float`): s, the factor PEFT puts on B A.
-        growth (`float`): by how much s grows when the rank is halved and alpha stays: 2, or √2 with rsLoRA.
+        growth (`float`): the factor by which s grows when the rank is halved and alpha stays: 2, or √2 with rsLoRA.
         name (`str`): of the layer, for messages.
         sigma (`Tensor`, *optional*): the min(r, m, n) largest singular values of the weight, for `"weight-svd"`.
 
+    Returns:
+        `tuple`: the two lengths, as numbers, or with `"weight-svd"` as tensors without dimensions.
+
     Raises:
-        ValueError: `scaling` is not above 0 where it divides, or `sigma` is missing or has another length.
+        ValueError: a scale that divides by `scaling` finds it not above 0, or `sigma` is missing or has another length.
     """
     if config.scale == "stable":
         single = growth * shape[0] ** 0.25 / math.sqrt(config.stable_gamma)
@@ -102,7 +116,7 @@ def sizes(
 
 
 def _indices(pairs: int, direction: str, name: str, seed: int) -> tuple[list[int], list[int]]:
-    """Which of the first 2 `pairs` triplets A and B take; the two are always disjoint."""
+    """Which of the first 2 `pairs` triplets A0 and B0 take, as two disjoint lists of indices."""
     order = list(range(2 * pairs))
     if direction == "A2rBr":
         return order[pairs:], order[:pairs]

@@ -1,4 +1,4 @@
-"""The start of an adapter: the numbers that A and B begin with. It is an ordinary LoRA in every case.
+"""The start of an adapter: the numbers that A and B begin with. The adapter is an ordinary LoRA with every start.
 
 | start        | A                   | B          | function at the start |
 |--------------|---------------------|------------|-----------------------|
@@ -19,7 +19,7 @@ Start = tuple[torch.Tensor, torch.Tensor]
 
 
 def triplets(config: InitConfig, rank: int, shape: tuple[int, int]) -> int:
-    """How many singular triplets of a gradient of `shape` (m, n) the start of an adapter of `rank` takes.
+    """The number of singular triplets of a gradient of `shape` (m, n) that the start of an adapter of `rank` needs.
 
     Raises:
         ValueError: `rank` is below 1.
@@ -43,17 +43,17 @@ def start(
 ) -> Start:
     """The start of one layer's adapter: its first k rows, k <= `rank`.
 
-    A layer with fewer singular triplets than the start wants gets as many pairs as it has triplets for, then single
-    rows, whose column of B is zero. The other rows of the adapter are PEFT's own business: what PEFT made stays there.
+    A layer that has fewer singular triplets than the start would take gets as many pairs as it has triplets for, then
+    single rows, whose column of B is zero. The start does not decide the other rows of the adapter.
 
     Args:
         factors (`Factors`): of the mean gradient G (m, n), at least `triplets(config, rank, (m, n))` of them.
         rank (`int`): r of the adapter.
         config (`InitConfig`): method, start, direction, scale, gammas.
         scaling (`float`): s, the factor PEFT puts on B A.
-        growth (`float`): by how much s grows when the rank is halved and alpha stays: 2, or √2 with rsLoRA.
-        name (`str`): of the layer: for messages and, with `seed`, for `direction="random"`.
-        seed (`int`): of `direction="random"`. The global generators are not touched.
+        growth (`float`): the factor by which s grows when the rank is halved and alpha stays: 2, or √2 with rsLoRA.
+        name (`str`): of the layer, for messages and, with `seed`, for the draw of `direction="random"`.
+        seed (`int`): of `direction="random"`. The global random generators are not used.
         weight_sigma (`torch.Tensor`, *optional*): the min(r, m, n) largest singular values of the layer's weight;
             needed by `scale="weight-svd"` only.
 
@@ -61,8 +61,7 @@ def start(
         `tuple[torch.Tensor, torch.Tensor]`: A (k, n) and B (m, k), float32, on the device of `factors`.
 
     Raises:
-        ValueError: `factors` holds too few triplets, `rank` is below 1, or see `recipes.sizes` and
-            `recipes.lora_one`.
+        ValueError: `factors` has too few triplets, or `rank` is below 1; also as `recipes.sizes`, `recipes.lora_one`.
     """
     needed = triplets(config, rank, factors.shape)
     if factors.rank < needed:

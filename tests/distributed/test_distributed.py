@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import nn
 
 import loraga
+from loraga.estimators import sketch_width
 
 # the first test waits for all processes: 40 seconds on two idle cores, several times that on busy ones
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
@@ -121,7 +122,7 @@ def test_bytes_reduced_are_those_of_three_thin_exchanges(found):
     expected = 0
     for layer in found["two"][0]["report"]:
         m, n = layer["shape"]
-        k, q = loraga.estimators.sketch_width(zoo.R), zoo.R
+        k, q = sketch_width(zoo.R), zoo.R
         sketch = 2 * k * n + (k + 16) * m
         expected += 4 * ((sketch if m * n > 2 * k * (m + n) else m * n) + q * (m + n + 1)) + 8
     counts = 8 * 5 * (1 + len(found["two"][0]["report"]))

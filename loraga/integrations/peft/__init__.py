@@ -1,6 +1,6 @@
-"""The home of PEFT: find targets, inject an adapter, write its start, read and write its files.
+"""All use of PEFT: find targets, inject an adapter, write its start, export it, replace PEFT's own LoRA-GA.
 
-Nothing else in loraga imports peft; the others import these names.
+No other part of loraga imports peft: they import the names below.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What loraga writes into PEFT's description of an adapter."""
+"""The config of a saved adapter: PEFT must not repeat a start when it reads the adapter."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import copy
 
 from peft import LoraConfig
 
-# starts that need no word in a saved adapter: reading it does nothing but make room for what is in the file
+# values of init_lora_weights that may stay in a saved adapter: on reading it, PEFT makes A and B in an ordinary way,
+# and then takes their numbers from the file
 ORDINARY_STARTS = (True, False, "gaussian")
-# what else says how an adapter was started
+# the other options of a start
 _START_OPTIONS = ("lora_ga_config", "eva_config", "corda_config")
 
 
 def plain_start(config: LoraConfig) -> LoraConfig:
-    """`config`, or a copy of it that says nothing of how the adapter was started, where PEFT would start it again."""
+    """`config` itself, or a copy with an ordinary start, if PEFT would repeat the start of `config` on reading it."""
     if config.init_lora_weights in ORDINARY_STARTS:
         return config
     plain = copy.copy(config)

@@ -24,13 +24,13 @@ from loraga.integrations.peft.config import plain_start
 from loraga.integrations.peft.slots import AdapterSlot, check_is_lora, find_slots, name_in_patterns
 from loraga.integrations.peft.targets import INNER_PREFIX
 
-# a relative error of a layer's update that a user should hear of
+# a warning names the layers whose update changes by more than this (relative Frobenius error)
 _LARGE_ERROR = 0.1
 
 
 def export_adapter(
     peft_model: PeftModel,
-    output_dir: str | os.PathLike,
+    output_dir: str | os.PathLike[str],
     adapter_name: str = "default",
     *,
     rank: int | None = None,
@@ -42,7 +42,7 @@ def export_adapter(
     Every layer's update s B A of the base weight is replaced by its best approximation of that rank (Eckart and Young
     1936), found from the factors: no m x n matrix is formed. All layers get one scaling, alpha / r, and rsLoRA is never
     written, since several readers of adapters take it for alpha / r. The model is not changed. Anything else the
-    adapter holds (`modules_to_save`, DoRA magnitudes, layers loraga cannot start) is written as it is.
+    adapter has (`modules_to_save`, DoRA magnitudes, layers that loraga cannot start) is written as it is.
 
     ```py
     errors = loraga.export_adapter(model, "adapter-r8", rank=8)
@@ -50,7 +50,7 @@ def export_adapter(
     ```
 
     Args:
-        peft_model (`PeftModel`): holds the adapter.
+        peft_model (`PeftModel`): the model that has the adapter.
         output_dir (`str`): directory to write to; made if missing.
         adapter_name (`str`): the adapter's name.
         rank (`int`, *optional*): of every layer. Without `rank` and `budget` each layer keeps its own.
@@ -114,7 +114,7 @@ def export_adapter(
 
 
 class _Update:
-    """A layer's update s B A as singular triplets, in float64 on the host, and the rank it is to have."""
+    """A layer's update s B A as singular triplets, in float64 on the host, and the rank that it gets."""
 
     def __init__(self, slot: AdapterSlot) -> None:
         self.slot = slot
@@ -124,25 +124,25 @@ class _Update:
 
     @property
     def stored(self) -> int:
-        """The rank in the file: what is kept, and zeros."""
+        """The rank in the file: that of the update, or more where zeros are added."""
         return max(self.rank, self.filled)
 
     def strengths(self) -> Tensor:
-        """The largest singular value of all parts at each rank, (r,), of the update with its scaling."""
+        """By index (r,), the largest singular value of the update s B A over all parts."""
         return torch.stack([S for _, S, _ in self.parts]).amax(0) * abs(self.slot.scaling)
 
     def values(self, scaling: float) -> tuple[Tensor, Tensor]:
-        """A and B as PEFT holds them, for a layer with this scaling."""
+        """A and B in PEFT's shape, for a layer whose scaling is this one."""
         parts = []
         for U, S, Vh in self.parts:
             root = S[: self.rank].sqrt()
             A, B = root[:, None] * Vh[: len(root)], U[:, : len(root)] * root * (self.slot.scaling / scaling)
             missing = self.stored - len(root)
             parts.append((nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))))
-        return self.slot.held(parts)
+        return self.slot.joined(parts)
 
     def errors(self) -> dict[str, float]:
-        """Relative Frobenius error by part."""
+        """The relative Frobenius error of each part, by name."""
         found = {}
         for part, (_, S, _) in zip(self.slot.parts(), self.parts, strict=True):
             total = float(S.norm())
@@ -151,7 +151,7 @@ class _Update:
 
 
 class _Layout:
-    """The config of the export, the scaling of its layers, and layers that are another's transpose."""
+    """The config of the export, the scaling of all its layers, and the layers whose adapter is another's transpose."""
 
     def __init__(
         self, peft_model: PeftModel, adapter_name: str, updates: list[_Update], others: Mapping[str, str]
@@ -176,23 +176,27 @@ class _Layout:
 
 
 def _scaling_of(config: LoraConfig) -> float:
-    """PEFT's s of a layer without patterns; 1 where it is 0, so that B can hold all of it."""
+    """PEFT's s of a layer that no pattern matches; 1 where it is 0, since B is divided by it."""
     return config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r) or 1.0
 
 
 def _whole(alpha: float) -> float:
-    """An int where it is one: readers of adapters take alpha for a whole number."""
+    """`alpha`, as an int where it is a whole number, since some readers of adapters take an int only."""
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * abs(alpha) else alpha
 
 
 def _pattern(name: str, names: Collection[str]) -> str:
-    """A key of `rank_pattern` that matches this layer only. PEFT's keys match the end of a name, at a dot."""
+    """A key of `rank_pattern` that matches this layer only. For PEFT a key matches the end of a name, from a dot on."""
     alone = not any(other.endswith(f".{name}") for other in names)
     return name if alone else f"^{name}"
 
 
 def _share(budget: int, updates: list[_Update]) -> None:
-    """Give each update its rank: one threshold over all singular values, at least rank 1 for each."""
+    """Set the rank of each update, at least 1: the largest singular values of all updates share the budget.
+
+    Raises:
+        ValueError: the budget is too small for rank 1 everywhere.
+    """
     costs = [len(update.parts) for update in updates]
     if budget < sum(costs):
         raise ValueError(f"budget={budget} is too small: {sum(costs)} is rank 1 for each layer of the adapter.")
@@ -209,7 +213,7 @@ def _share(budget: int, updates: list[_Update]) -> None:
 
 
 def _triplets(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, r), S (r,), Vh (r, n) of B A; of fewer than r triplets the rest is zero."""
+    """U (m, r), S (r,), Vh (r, n) of B A; zeros fill the three up where B A has fewer than r triplets."""
     Q_B, R_B = torch.linalg.qr(B.to("cpu", torch.float64))
     Q_A, R_A = torch.linalg.qr(A.to("cpu", torch.float64).T)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
@@ -248,19 +252,19 @@ def _tied(
 
 
 def _saved_keys(slot: AdapterSlot) -> tuple[str, str]:
-    """What PEFT calls A and B in the file."""
-    kind, end = ("embedding_", "") if isinstance(slot.lora_A, nn.ParameterDict) else ("", ".weight")
-    key = f"{INNER_PREFIX}{slot.path}.lora_{kind}"
+    """The names of A and B in the file."""
+    prefix, end = ("embedding_", "") if isinstance(slot.lora_A, nn.ParameterDict) else ("", ".weight")
+    key = f"{INNER_PREFIX}{slot.path}.lora_{prefix}"
     return f"{key}A{end}", f"{key}B{end}"
 
 
 def _write(
-    peft_model: PeftModel, output_dir: str | os.PathLike, weights: dict[str, Tensor], config: LoraConfig
+    peft_model: PeftModel, output_dir: str | os.PathLike[str], weights: dict[str, Tensor], config: LoraConfig
 ) -> None:
-    """All files, or none."""
+    """Write the files of the adapter: all of them, or none."""
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in weights.items()}
     with atomic_files(output_dir, last=CONFIG_NAME) as folder:
-        card = Path(output_dir, "README.md")  # one that is there is updated
+        card = Path(output_dir, "README.md")  # PEFT updates one that is there
         if card.is_file():
             shutil.copy(card, folder)
         peft_model.create_or_update_model_card(os.fspath(folder))

@@ -1,8 +1,8 @@
-"""PEFT's own LoRA-GA calls on loraga's engine.
+"""Lets PEFT's own LoRA-GA calls run loraga.
 
-PEFT's flow has two halves. `preprocess_loraga(model, config, train_step)` runs the user's step and leaves the gradient
-of every target at its layer; `get_peft_model` then calls `LoraLayer.lora_ga_init` for each layer, which reads it. Both
-are replaced here, and between them a `SketchedGradient` takes the place of the gradient.
+PEFT works in two phases. `preprocess_loraga(model, config, train_step)` runs the user's step, and stores the gradient
+of every target in an attribute of its layer. `get_peft_model` then calls `LoraLayer.lora_ga_init` for each layer, which
+reads that attribute. This module replaces both functions, and stores a `SketchedGradient` in place of the gradient.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from loraga.config import InitConfig, Scale, check_choice
 from loraga.distributed.ranks import Ranks
 from loraga.distributed.sharding import check_injectable, check_layers, check_sharding
 from loraga.factors import Factors
-from loraga.integrations.accelerate import home_of, is_offloaded
+from loraga.integrations.accelerate import compute_device, is_offloaded
 from loraga.integrations.hf_models import Conv1D
 from loraga.integrations.peft.slots import adapters_disabled, slot_of
 from loraga.integrations.peft.targets import find_targets
@@ -41,25 +41,25 @@ from loraga.report import build as summary
 from loraga.report.report import InitReport
 from loraga.start import starts
 
-# the releases whose LoRA-GA was read and run with the tests of this file
+# the releases of PEFT whose LoRA-GA was read, and with which the tests of this module pass
 KNOWN = ((0, 19), (0, 20), (0, 21))
 _FIRST = "0.19"
 
-# where PEFT keeps a layer's gradient between its two halves, and under which key in a cache file
+# the attribute of a layer in which PEFT stores its gradient between the two phases; keys of a cache file end with it
 _ATTRIBUTE = "_peft_loraga_grad"
 # PEFT's names of the scales, and ours
 _SCALES: dict[str, Scale] = {"stable": "stable", "weight_svd": "weight-svd", "gd_scale": "gd", "unit": "unit"}
-# PEFT's calls have no seed; one for all makes them repeatable
+# PEFT's calls have no argument for a seed, so this one is always used, and runs can be repeated
 _SEED = 0
-# from `warnings.warn` in `summary` to the user's call of preprocess_loraga, past the wrapper that torch.no_grad puts
-# around it
+# stacklevel with which a warning in `report.build` names the line of the user's call of preprocess_loraga; the wrapper
+# of torch.no_grad around that function counts as a frame
 _TO_CALLER = 5
 
 _originals: list[tuple[Any, str, Any]] = []
 
 
 def apply_to_peft() -> None:
-    """Let PEFT's own LoRA-GA calls run on loraga's engine, with unchanged user code, until [`restore_peft`].
+    """Let PEFT's own LoRA-GA calls run loraga, with unchanged user code, until [`restore_peft`].
 
     ```py
     loraga.apply_to_peft()
@@ -68,40 +68,41 @@ def apply_to_peft() -> None:
     model = get_peft_model(model, config)
     ```
 
-    `train_step` runs forward and backward as before, but no weight gradient is computed: each layer's gradient is
-    followed by a sketch (see [`fast_init`]). Each backward call is one micro-batch of the mean.
+    `train_step` runs forward and backward as before, but no weight gradient is computed: a sketch follows the gradient
+    of each layer (see [`fast_init`]). Each backward call is one micro-batch of the mean.
 
-    What stays PEFT's: names and options; the rank; the place of every adapter; a step that draws random numbers draws
-    them from the global generators; a cache file is trusted as far as its names, shapes and ranks go, whatever the
-    data; an adapter made without `preprocess_loraga` starts as an ordinary one.
+    What stays as in PEFT: names and options; the rank; the place of every adapter. A step that draws random numbers
+    draws them from the global generators. A cache file is used if its names, shapes and ranks fit, whatever data it was
+    made from. An adapter made without `preprocess_loraga` gets an ordinary start.
 
     What differs, on purpose:
     - **No base weight changes.** The adapter is an ordinary LoRA that starts at the base's function
-      (`InitConfig(start="mirror")`), and what any trainer saves is right on the original base. The argument
-      `path_initial_model_for_weight_conversion` is not needed and does no harm. Quantized and tied weights and adapters
-      that are there already are no problem.
+      (`InitConfig(start="mirror")`), and what any trainer saves fits the original base. The argument
+      `path_initial_model_for_weight_conversion` is not needed and does no harm. Quantized weights, tied
+      weights and models that have adapters already work too.
     - A and B start as in the paper and its official code: orthonormal singular vectors of the gradient times one
       scale. PEFT multiplies B by the singular values and leaves A unscaled, so that its start depends on the scale of
       the loss.
-    - Seeded: the same input gives the same start. `"random"` takes disjoint directions for A and B. `Conv1D` has its
-      true size. A layer called twice is not halved. `"all-linear"` works. A layer with few singular directions, such
-      as the head of a classifier, starts with those that it has.
-    - The step finds the model without dropout and with BatchNorm at rest; it may call `model.train()`. Modes, `.grad`,
-      `requires_grad`, buffers and hooks are as before afterwards, also when the step raises.
+    - The seed is fixed: the same input gives the same start. `"random"` takes disjoint directions for A and B. A
+      `Conv1D` is taken with its true (out_features, in_features). The gradient of a layer that a forward calls
+      twice is not halved. `"all-linear"` works. A layer with few singular directions, such as the head of a classifier,
+      starts with those that it has.
+    - During the step dropout is off and BatchNorm does not update its statistics; the step may call `model.train()`.
+      Modes, `.grad`, `requires_grad`, buffers and hooks are afterwards as before, also when the step raises.
     - `_peft_loraga_grad` is a `SketchedGradient`: factors for the rank of the config, of the weight's `shape`. A larger
       rank needs another `preprocess_loraga`.
     - Where torch.distributed is initialised, every rank must call `preprocess_loraga`, each with batches of its own;
       the mean is over all of them and all ranks get the same adapter. If one raises, all do. Rank 0 writes the cache
       file, and it is used where all ranks find it.
     - Layers without a gradient are named in a warning, and in `model.loraga_report`.
-    - Refused with a clear error before the step runs: unknown options, sharded and offloaded weights, layers without
+    - These raise an error before the step runs: unknown options, sharded and offloaded weights, layers without
       a `weight` (GPTQ), `target_parameters`, `layer_replication`, and KaSA, whose own start changes the base.
 
-    Imports made earlier are served too, since `preprocess_loraga` is changed inside. What cannot be caught: PEFT's
-    `estimate_gradients` imported by name before this call (its gradients are taken all the same), and copies of these
-    functions' code in other libraries.
+    A `preprocess_loraga` that was imported before this call runs loraga too, since the function is changed inside. Two
+    things still run PEFT's code: its `estimate_gradients`, if it was imported by name before this call (the gradients
+    that it computes are then used), and copies of the code of these functions in other libraries.
 
-    Calling it twice is the same as once.
+    A second call has no effect.
 
     Raises:
         RuntimeError: this PEFT has no LoRA-GA, or is none of the releases this was checked with.
@@ -114,16 +115,19 @@ def apply_to_peft() -> None:
 
 
 def restore_peft() -> None:
-    """Undo [`apply_to_peft`]; without it, do nothing."""
+    """Undo [`apply_to_peft`]. Without an earlier call of it, this has no effect."""
     while _originals:
         setattr(*_originals.pop())
 
 
-def _replacements() -> list[tuple[Any, str, Callable]]:
-    """(owner, attribute, what it becomes), after a check that this PEFT is one we know.
+def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """(object, attribute, new value) for each replacement, after a check that this PEFT is one we know.
 
-    `preprocess_loraga` is wrapped by `torch.no_grad`, and the wrapper keeps it in a closure cell. The cell is changed
-    rather than the name, so that everyone who holds the wrapper is served, whenever it was imported.
+    `preprocess_loraga` is wrapped by `torch.no_grad`, and the wrapper refers to it by a closure cell. The cell is
+    changed rather than the name in the module, so that a wrapper that was imported earlier calls the new function too.
+
+    Raises:
+        RuntimeError: this PEFT is another than was checked.
     """
     release = release_of(peft.__version__)
     if release < KNOWN[0]:
@@ -164,12 +168,12 @@ def _refuse(why: str) -> NoReturn:
     )
 
 
-# ------------------------------------------------------------------------------------------------ the first half
+# ------------------------------------------------------------------------------------------------ the first phase
 
 
 @dataclasses.dataclass(frozen=True)
 class SketchedGradient:
-    """A layer's mean gradient, as far as its adapter needs it; at the layer in place of PEFT's full gradient.
+    """The factors of a layer's mean gradient that its adapter needs, in place of PEFT's full gradient.
 
     Attributes:
         name (`str`): module name of the layer in the base model.
@@ -183,10 +187,10 @@ class SketchedGradient:
     shape: torch.Size
 
     def to(self, *_: Any, **__: Any) -> NoReturn:
-        """What PEFT's own initialisation does first.
+        """Raise an error that explains itself: PEFT's own initialisation calls this first.
 
         Raises:
-            ValueError: always; there is no full gradient.
+            ValueError: always, since there is no full gradient.
         """
         raise ValueError(
             f"The gradient of {self.name!r} was sketched by loraga.apply_to_peft(), and PEFT's own initialisation "
@@ -196,7 +200,7 @@ class SketchedGradient:
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """A layer to be estimated: (m, n), the adapter's r and the triplets that its start takes."""
+    """A layer to estimate: its (m, n), the adapter's r, and the number of triplets that its start needs."""
 
     name: str
     module: nn.Module
@@ -213,18 +217,18 @@ class _Target:
         return "gradient is zero"
 
 
-# what is known of a target: its factors, or why there are none
+# by target: its factors, or the reason why there are none
 _Found = dict[str, "Factors | str"]
 
 
 def _preprocess(
     model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: str | None = None
 ) -> None:
-    """In place of `peft.preprocess_loraga`: the arguments are its own.
+    """Replaces `peft.preprocess_loraga`, with the same arguments.
 
     Raises:
-        ValueError: an option, a target or the cache file does not fit, or no target saw a gradient; the message names
-            it. Nothing is left at the model then.
+        ValueError: an option, a target or the cache file does not fit, or no target saw a gradient. The message names
+            it, and no layer has got an attribute.
         RankFailed: another rank raised.
     """
     report = None
@@ -245,7 +249,7 @@ def _preprocess(
 
 
 def _estimate_gradients(model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any]) -> None:
-    """In place of `peft.tuners.lora.loraga.estimate_gradients`."""
+    """Replaces `peft.tuners.lora.loraga.estimate_gradients`, with the same arguments."""
     with Ranks() as ranks:
         targets = _targets(model, lora_config)
         found, report = _estimate(model, lora_config, targets, train_step, ranks)
@@ -254,7 +258,11 @@ def _estimate_gradients(model: nn.Module, lora_config: LoraConfig, train_step: C
 
 
 def _targets(model: nn.Module, lora_config: LoraConfig) -> list[_Target]:
-    """The layers that get an adapter, once it is clear that each can be started."""
+    """The layers that get an adapter.
+
+    Raises:
+        ValueError: an option does not fit, or a layer cannot be started.
+    """
     if lora_config.lora_ga_config is None:
         raise ValueError(
             "If you want to use LoRA-GA, give the LoraConfig both init_lora_weights='lora_ga' and "
@@ -285,7 +293,7 @@ def _targets(model: nn.Module, lora_config: LoraConfig) -> list[_Target]:
 
 
 def _shape_of(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features), also of a weight that is packed."""
+    """(out_features, in_features). The shape of the weight would not do, since a packed weight has another one."""
     if isinstance(module, Conv1D):
         n, m = module.weight.shape
         return m, n
@@ -332,7 +340,7 @@ def _attach(
         model.loraga_report = report  # type: ignore[assignment]  # PEFT hands it on to the PeftModel
     for target in targets:
         factors = found[target.name]
-        vars(target.module).pop(_ATTRIBUTE, None)  # of an earlier run
+        vars(target.module).pop(_ATTRIBUTE, None)  # from an earlier run
         if isinstance(factors, Factors):
             sketched = SketchedGradient(target.name, factors, target.module.weight.shape)  # type: ignore[arg-type]
             setattr(target.module, _ATTRIBUTE, sketched)
@@ -342,17 +350,17 @@ def _attach(
 
 
 def _write(cache_file: str, found: Mapping[str, Factors | str]) -> None:
-    """PEFT's keys; plain tensors and strings, so that it can be read without running anything."""
+    """Write the cache file, with PEFT's keys. It has tensors and strings only, so that reading it runs no code."""
     content = {_key(name): vars(value) if isinstance(value, Factors) else value for name, value in found.items()}
     with atomic_file(cache_file) as temporary:
         torch.save(content, temporary)
 
 
 def _read(cache_file: str, targets: list[_Target]) -> _Found:
-    """What a cache file holds of `targets`; one that PEFT wrote itself, with full gradients, will do.
+    """Read the factors of `targets` from a cache file. One that PEFT itself wrote, with full gradients, works too.
 
     Raises:
-        ValueError: it is no such file, or does not fit the layers; the message names the layer.
+        ValueError: the file is no cache file, or does not fit the layers. The message names the layer.
     """
 
     def refuse(why: str) -> NoReturn:
@@ -394,19 +402,19 @@ def _key(name: str) -> str:
 
 
 def _factorize(gradient: torch.Tensor, transposed: bool, triplets: int, name: str) -> Factors:
-    """Factors of a full gradient that PEFT itself computed."""
+    """The factors of a full gradient that PEFT itself computed, in the shape of the weight."""
     gradient = gradient.detach().to(torch.float32)
     return truncated_svd(gradient.mT if transposed else gradient, triplets, seed=seed_of(_SEED, name))
 
 
-# ------------------------------------------------------------------------------------------------ the second half
+# ------------------------------------------------------------------------------------------------ the second phase
 
 
 def _lora_ga_init(layer: LoraLayer, adapter_name: str, lora_ga_config: Any) -> None:
-    """In place of `LoraLayer.lora_ga_init`: start one layer's adapter; its base weight is not touched.
+    """Replaces `LoraLayer.lora_ga_init`: starts one layer's adapter, and does not change its base weight.
 
-    A layer without a gradient gets an ordinary start: `preprocess_loraga` has named it, or the adapter is being read
-    from disk and overwritten next.
+    A layer without a gradient gets an ordinary start: either a warning of `preprocess_loraga` has named it, or PEFT is
+    reading the adapter from a file and will overwrite A and B next.
 
     Raises:
         ValueError: the config is missing or does not go with the gradient.
@@ -430,6 +438,6 @@ def _lora_ga_init(layer: LoraLayer, adapter_name: str, lora_ga_config: Any) -> N
             f"Layer {slot.name!r}: preprocess_loraga ran for a smaller rank ({factors.rank} singular triplets, and "
             f"r={slot.rank} needs {needed}); run it again with this config."
         )
-    # PEFT moves A and B to the layer's device only after this
-    fill(slot, {slot.name: start_of(slot, factors.to(home_of(base)), init, _SEED)}, _SEED)
+    # A and B are not on the layer's device yet: PEFT moves them after this
+    fill(slot, {slot.name: start_of(slot, factors.to(compute_device(base)), init, _SEED)}, _SEED)
     delattr(base, _ATTRIBUTE)

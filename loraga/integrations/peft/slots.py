@@ -1,4 +1,4 @@
-"""The layers of a LoRA adapter, seen one by one."""
+"""The layers of a LoRA adapter: which of them loraga can start, and what it has to know of each."""
 
 from __future__ import annotations
 
@@ -26,34 +26,37 @@ from loraga.integrations.peft.storage import lost_to_offload, without_storage
 from loraga.integrations.peft.targets import INNER_PREFIX, is_linear_like
 from loraga.report.report import TIED
 
-# starts of PEFT's that change the base weights when an adapter is made
+# values of init_lora_weights with which PEFT changes the base weights when it makes an adapter
 _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq")
-# what PEFT holds A and B in, of layers that loraga can start
+# the modules in which PEFT keeps A and B of layers that loraga can start
 _HOLDERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ParameterDict)
 
 
 @dataclass(frozen=True)
 class AdapterSlot:
-    """One target layer with the adapter that belongs to it.
+    """One target layer with its A and B.
+
+    A target is usually one matrix W (m, n). Where PEFT adapts a parameter that stacks the matrices of several experts
+    (`target_parameters`), `parts` gives a slot for each of them.
 
     Attributes:
-        name (`str`): module name of the target in the base model, as PEFT matches it; with the parameter's name behind
-            it where PEFT adapts a parameter (`target_parameters`).
+        name (`str`): module name of the target in the base model, as PEFT matches it. Where PEFT adapts a parameter,
+            the parameter's name follows, after a dot.
         layer (`nn.Module`): PEFT's layer around the target.
         base_layer (`nn.Module`): the target itself.
         transposed (`bool`): the target stores W as (n, m), as transformers' `Conv1D` does.
-        lora_A (`nn.Module`): holds A, (rank, n): a linear layer, a convolution whose weight is A reshaped, or the
-            `ParameterDict` of an embedding.
-        lora_B (`nn.Module`): holds B, (m, rank), likewise.
-        rank (`int`): r, of each expert.
-        scaling (`float`): PEFT's s.
-        growth (`float`): by how much s grows when the rank is halved and alpha stays: 2, or √2 with rsLoRA.
-        shape (`tuple[int, int]`): (m, n) = (out_features, in_features) of the target, of each expert.
-        key (`str`): what A and B are called in the modules that hold them.
-        experts (`int`): so many matrices lie in the target. A holds theirs one behind the other, (experts rank, n); in
-            B, (m, rank experts), the expert is the faster index of the columns. `start_of` and reports know each expert
-            by itself, see `parts`.
-        part (`int`): which expert this is, in one of the `parts`.
+        lora_A (`nn.Module`): the module that A, (rank, n), is a parameter of: a linear layer, a convolution, whose
+            weight is A reshaped, or the `ParameterDict` of an embedding.
+        lora_B (`nn.Module`): the module that B, (m, rank), is a parameter of.
+        rank (`int`): r; with several experts, that of each expert.
+        scaling (`float`): PEFT's s, the factor of B A.
+        growth (`float`): the factor by which s grows when the rank is halved and alpha stays: 2, or √2 with rsLoRA.
+        shape (`tuple[int, int]`): (m, n) = (out_features, in_features) of the target; with several experts, of each.
+        key (`str`): the name of the parameters A and B in `lora_A` and `lora_B`.
+        experts (`int`): the number of matrices in the target. With several, the rows of A, (experts * rank, n), are
+            those of the first expert, then those of the second, and so on. In B, (m, rank * experts), the expert is the
+            faster index of the columns. `start_of` and reports take each expert separately, see `parts`.
+        part (`int`): the index of the expert, in one of the `parts`.
         weight_gradient (`WeightGradient`, *optional*): the target's weight, where autograd has to form its gradient.
         path (`str`): module name of `layer` in the base model.
     """
@@ -62,8 +65,8 @@ class AdapterSlot:
     layer: Any
     base_layer: Any
     transposed: bool
-    lora_A: Any
-    lora_B: Any
+    lora_A: nn.Module
+    lora_B: nn.Module
     rank: int
     scaling: float
     growth: float
@@ -76,12 +79,12 @@ class AdapterSlot:
 
     @property
     def A(self) -> nn.Parameter:
-        """A as PEFT holds it now."""
+        """The parameter A, in the shape in which PEFT keeps it. It is read anew each time, since it may be replaced."""
         return self.lora_A.get_parameter(self.key)
 
     @property
     def B(self) -> nn.Parameter:
-        """B as PEFT holds it now."""
+        """The parameter B, likewise."""
         return self.lora_B.get_parameter(self.key)
 
     @property
@@ -91,11 +94,11 @@ class AdapterSlot:
 
     @property
     def if_zero(self) -> str:
-        """What a gradient of zero means here."""
+        """The reason to report where the gradient is zero."""
         return "gradient is zero" if self.experts == 1 else "no token reached this expert"
 
     def parts(self) -> list[AdapterSlot]:
-        """One for each matrix in the target."""
+        """One slot for each matrix in the target."""
         if self.weight_gradient is None or self.experts == 1:
             return [self]
         return [
@@ -103,18 +106,21 @@ class AdapterSlot:
         ]
 
     def matrices(self, A: torch.Tensor, B: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """A and B as PEFT holds them, of any rank, as views (rank, n) and (m, rank) for each of the `parts`."""
+        """Views (rank, n) and (m, rank) for each of the `parts`, of A and B in PEFT's shape and of any rank."""
         if self.experts == 1:
             return [(A.flatten(1), B.flatten(1))]
-        return list(zip(A.unflatten(0, (self.experts, -1)), B.unflatten(1, (-1, self.experts)).unbind(2), strict=True))
+        rank = A.shape[0] // self.experts
+        A, B = A.view(self.experts, rank, *A.shape[1:]), B.view(B.shape[0], rank, self.experts)
+        return list(zip(A, B.unbind(2), strict=True))
 
-    def held(self, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The inverse of `matrices`."""
+    def joined(self, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B in PEFT's shape, from those of the `parts`: the inverse of `matrices`."""
         if self.experts > 1:
             return torch.cat([A for A, _ in parts]), torch.stack([B for _, B in parts], dim=2).flatten(1)
         ((A, B),) = parts
         sizes, ones = self.A.shape[2:], self.B.shape[2:]
-        return A.unflatten(1, (-1, *sizes)) if sizes else A, B.reshape(*B.shape, *ones)
+        A = A.view(A.shape[0], A.shape[1] // math.prod(sizes), *sizes) if sizes else A
+        return A, B.reshape(*B.shape, *ones)
 
 
 @dataclass(frozen=True)
@@ -122,9 +128,10 @@ class Adapter:
     """A LoRA adapter that can be started now, with its layers.
 
     Attributes:
-        peft_model (`PeftModel`), name (`str`): the adapter.
-        slots (`list[AdapterSlot]`): layers that loraga can start.
-        others (`dict[str, str]`): the other layers of the adapter, each with the reason why not.
+        peft_model (`PeftModel`): the model that has the adapter.
+        name (`str`): of the adapter.
+        slots (`list[AdapterSlot]`): the layers that loraga can start.
+        others (`dict[str, str]`): the other layers of the adapter by name, each with the reason why loraga cannot.
     """
 
     peft_model: PeftModel
@@ -137,7 +144,7 @@ class Adapter:
         """Find the layers of an adapter.
 
         Raises:
-            TypeError: the adapter is of another kind than LoRA.
+            TypeError: the adapter is no LoRA.
             ValueError: there is no such adapter, or it cannot be started (see `check_adapter`).
         """
         check_adapter(peft_model, adapter_name)
@@ -146,7 +153,7 @@ class Adapter:
 
     @property
     def parts(self) -> list[AdapterSlot]:
-        """One for each matrix in the layers."""
+        """One slot for each matrix in the layers."""
         return [part for slot in self.slots for part in slot.parts()]
 
 
@@ -164,7 +171,7 @@ def check_adapter(peft_model: PeftModel, adapter_name: str) -> None:
     """Raise unless `adapter_name` is a LoRA adapter of `peft_model` that can be initialised now.
 
     Raises:
-        TypeError: the adapter is of another kind than LoRA.
+        TypeError: the adapter is no LoRA.
         ValueError: there is no such adapter, adapters are merged, the adapter's first start changed the base weights,
             or a layer is on the meta device together with its adapter.
     """
@@ -177,6 +184,7 @@ def check_adapter(peft_model: PeftModel, adapter_name: str) -> None:
 
 
 def _check_can_have_storage(name: str, layer: LoraLayer, adapter_name: str) -> None:
+    """Raise `ValueError` if an adapter on the meta device cannot be given memory, so that no start can be written."""
     base = layer.get_base_layer()
     if is_offloaded(base) and not lost_to_offload(layer, adapter_name):
         dora = "PEFT's DoRA needs it in memory all the time. Use use_dora=False"
@@ -194,6 +202,7 @@ def _check_can_have_storage(name: str, layer: LoraLayer, adapter_name: str) -> N
 
 
 def check_not_merged(model: nn.Module) -> None:
+    """Raise `ValueError` if a layer has an adapter merged into its weight."""
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise ValueError(
@@ -203,10 +212,10 @@ def check_not_merged(model: nn.Module) -> None:
 
 
 def _check_base_is_original(peft_model: PeftModel, adapter_name: str) -> None:
-    """Raise `ValueError` if PEFT took this adapter's first start off the base weights."""
+    """Raise `ValueError` if PEFT subtracted this adapter's first start from the base weights."""
     start = str(peft_model.peft_config[adapter_name].init_lora_weights).lower()
     changed = start.startswith(_CHANGE_THE_BASE)
-    if start == "lora_ga":  # PEFT changes the base only where preprocess_loraga has left a gradient
+    if start == "lora_ga":  # PEFT changes the base only at layers for which preprocess_loraga has left a gradient
         slots, _ = find_slots(peft_model, adapter_name)
         changed = not all(is_fresh(slot) for slot in slots)
     if changed:
@@ -218,13 +227,13 @@ def _check_base_is_original(peft_model: PeftModel, adapter_name: str) -> None:
 
 
 def short_name(name: str) -> str:
-    """A parameter's or module's name as the base model knows it."""
+    """The name that a module, or the layer of a parameter, has in the base model."""
     name = name.removeprefix(INNER_PREFIX).replace(".base_layer", "")
     return re.sub(r"\.lora_(embedding_)?[AB]\..*$", "", name).removesuffix(".weight")
 
 
 def check_backward(model: nn.Module) -> None:
-    """Raise `ValueError` if a layer has no backward, so that no gradient would reach what is below it."""
+    """Raise `ValueError` if a layer has no backward, so that no gradient would reach the layers before it."""
     for name, module in model.named_modules():
         if is_packed_for_inference(module):
             raise ValueError(
@@ -235,11 +244,11 @@ def check_backward(model: nn.Module) -> None:
 
 
 def find_slots(peft_model: PeftModel, adapter_name: str) -> tuple[list[AdapterSlot], dict[str, str]]:
-    """All layers of a LoRA adapter: those loraga can initialise, and the others with the reason why not.
+    """All layers of a LoRA adapter: those that loraga can start, and the others by name, with the reason why it cannot.
 
-    Beside linear layers these are convolutions, embeddings and parameters (`target_parameters`: fused experts). The
-    others (attention blocks taken as one layer, grouped convolutions, variants of LoRA) keep PEFT's ordinary start.
-    Names are module names of the base model.
+    loraga can start linear layers, convolutions, embeddings and parameters (`target_parameters`: fused experts). The
+    others (attention blocks that PEFT takes as one layer, grouped convolutions, variants of LoRA) keep PEFT's ordinary
+    start. Names are module names in the base model.
     """
     slots: list[AdapterSlot] = []
     unsupported: dict[str, str] = {}
@@ -260,15 +269,15 @@ def find_slots(peft_model: PeftModel, adapter_name: str) -> tuple[list[AdapterSl
 
 
 def _why_not(layer: LoraLayer, adapter_name: str) -> str | None:
+    """The reason why loraga cannot start this layer, or None if it can."""
     base = layer.get_base_layer()
-    kind = type(base).__name__
     wrapper = _is_wrapper(layer)
     if not wrapper and not is_linear_like(base):
         reason = _why_no_matrix(base)
         if reason is not None:
             return reason
     if (wrapper or not is_linear_like(base)) and weight_matrix(base, _parameter_name(layer)) is None:
-        weight = f"{_parameter_name(layer)} of {kind}"
+        weight = f"{_parameter_name(layer)} of {type(base).__name__}"
         if is_distributed(getattr(base, _parameter_name(layer), None)):
             return f"{weight} is sharded; to start it, initialise before fully_shard"
         return f"the gradient of {weight} cannot be taken (quantized, offloaded or computed)"
@@ -284,25 +293,25 @@ def _why_not(layer: LoraLayer, adapter_name: str) -> str | None:
 
 
 def _why_no_matrix(base: nn.Module) -> str | None:
-    """Why the adapter that PEFT gives this layer is not W + s B A, or None."""
-    kind = type(base).__name__
+    """The reason why PEFT's adapter of this layer is not W + s B A, or None if it is."""
+    name = type(base).__name__
     if isinstance(base, nn.Embedding):
         if base.max_norm is not None:
-            return f"{kind} with max_norm rescales its adapter, too"
+            return f"{name} with max_norm rescales its adapter, too"
         return "a tensor parallel embedding" if getattr(base, "_hf_tp_plan", None) is not None else None
     if not isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return f"{kind} is not a linear layer, convolution or embedding"
+        return f"{name} is not a linear layer, convolution or embedding"
     if base.groups > 1:
-        return f"{kind} with groups={base.groups}: PEFT's adapter mixes the groups, so it is no change of the weight"
+        return f"{name} with groups={base.groups}: PEFT's adapter mixes the groups, so it is no change of the weight"
     if set(base.dilation) != {1} or base.padding_mode != "zeros":
         return (
-            f"{kind} with dilation={base.dilation} and padding_mode={base.padding_mode!r}: PEFT's adapter has neither"
+            f"{name} with dilation={base.dilation} and padding_mode={base.padding_mode!r}: PEFT's adapter has neither"
         )
     return None
 
 
 def _is_wrapper(layer: LoraLayer) -> bool:
-    """Whether PEFT adapts a parameter of a module here (`target_parameters`)."""
+    """Whether this layer adapts a parameter of a module (`target_parameters`) rather than the module."""
     return type(layer).__name__ == "ParamWrapper"
 
 
@@ -311,19 +320,19 @@ def _parameter_name(layer: LoraLayer) -> str:
 
 
 def _swapped(layer: LoraLayer) -> bool:
-    """Experts lie as (experts, out, in); PEFT before this attribute took all for (experts, in, out)."""
-    return getattr(layer, "_did_swap_in_out_features", False)
+    """Whether PEFT takes the experts as (experts, out, in). Releases without the attribute take (experts, in, out)."""
+    return bool(getattr(layer, "_did_swap_in_out_features", False))
 
 
 def _holders(layer: LoraLayer, adapter_name: str) -> tuple[nn.Module, nn.Module, str]:
-    """What holds A, what holds B, and what they are called there."""
+    """The module with A, the module with B, and the name of the parameter in each."""
     if adapter_name in layer.lora_embedding_A:
         return layer.lora_embedding_A, layer.lora_embedding_B, adapter_name
     return layer.lora_A[adapter_name], layer.lora_B[adapter_name], "weight"
 
 
 def slot_of(name: str, layer: LoraLayer, adapter_name: str) -> AdapterSlot:
-    """One layer of an adapter, of a kind loraga can initialise."""
+    """The slot of a layer that loraga can start, see `find_slots`."""
     lora_A, lora_B, key = _holders(layer, adapter_name)
     A, B = lora_A.get_parameter(key), lora_B.get_parameter(key)
     base, wrapper = layer.get_base_layer(), _is_wrapper(layer)
@@ -354,31 +363,31 @@ def slot_of(name: str, layer: LoraLayer, adapter_name: str) -> AdapterSlot:
 
 
 def name_in_patterns(path: str, layer: LoraLayer) -> str:
-    """What PEFT matches with `rank_pattern` of a layer at `path` in the base model."""
+    """The name of a layer at `path` in the base model that PEFT matches with the keys of `rank_pattern`."""
     return f"{path.replace('.base_layer', '')}.{layer.parameter_name}" if _is_wrapper(layer) else path
 
 
 def is_fresh(slot: AdapterSlot) -> bool:
-    """Whether the adapter changes nothing, as PEFT's ordinary start does: A or B is zero."""
+    """Whether A or B is zero, as in PEFT's ordinary start, so that the adapter changes nothing yet."""
     return any(value.is_meta or not gathered(value.detach()).any() for value in (slot.A, slot.B))
 
 
 def dequantized(base: nn.Module) -> torch.Tensor | None:
-    """A target's weight as the layer stores it, dequantized, or `None` where PEFT cannot do that."""
+    """A target's weight as the layer lays it out, dequantized; `None` if it has none that PEFT can read."""
     stored = getattr(base, "weight", None)
     if not isinstance(stored, torch.Tensor) and not hasattr(base, "W_q"):
         return None
-    weight = dequantize_module_weight(base).detach()
+    weight: torch.Tensor = dequantize_module_weight(base).detach()
     if isinstance(stored, torch.Tensor) and base.weight is not stored:
-        base.weight = stored  # PEFT puts a copy in place of what bitsandbytes keeps on a CPU
+        base.weight = stored  # on a CPU PEFT has replaced the parameter of bitsandbytes by a copy
     return weight
 
 
 def base_weight(slot: AdapterSlot) -> torch.Tensor:
-    """The target's weight W (m, n), dequantized where it is stored otherwise.
+    """The target's weight W (m, n), dequantized where it is quantized; one expert's in one of the `parts`.
 
     Raises:
-        ValueError: its storage format is not known to PEFT.
+        ValueError: PEFT cannot dequantize its storage format.
     """
     if slot.weight_gradient is not None:
         return slot.weight_gradient.matrices(slot.weight.detach())[slot.part].flatten(1)
@@ -395,7 +404,7 @@ def base_weight(slot: AdapterSlot) -> torch.Tensor:
 
 @contextmanager
 def adapters_disabled(peft_model: nn.Module) -> Iterator[None]:
-    """The base model's own function for the time of the context; `requires_grad` is not touched.
+    """Context manager: the model computes what its base alone would. `requires_grad` does not change.
 
     Raises:
         ValueError: an adapter is merged, or a layer has no backward.

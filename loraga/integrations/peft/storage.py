@@ -1,4 +1,4 @@
-"""Adapters that PEFT made on the meta device, because their layer is offloaded or it was asked to."""
+"""Adapters that PEFT made without memory, on the meta device: for an offloaded layer, or with `low_cpu_mem_usage`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from loraga.integrations.accelerate import home_of, is_offloaded
+from loraga.integrations.accelerate import compute_device, is_offloaded
 
 
 def without_storage(layer: LoraLayer, adapter_name: str) -> bool:
-    """Whether PEFT made this adapter, or a part of it, on the meta device."""
+    """Whether this adapter, or a part of it, is on the meta device."""
     return any(p.is_meta for name, p in layer.named_parameters() if adapter_name in name.split("."))
 
 
 def lost_to_offload(layer: LoraLayer, adapter_name: str) -> bool:
-    """Whether PEFT made this adapter without storage because its layer is offloaded, and we can mend that."""
+    """Whether this adapter is on the meta device because its layer is offloaded, and `give_storage` can change that."""
     return (
         is_offloaded(layer.get_base_layer())
         and without_storage(layer, adapter_name)
@@ -26,12 +26,12 @@ def lost_to_offload(layer: LoraLayer, adapter_name: str) -> bool:
 
 
 def give_storage(layer: LoraLayer, adapter_name: str) -> None:
-    """An ordinary start where the layer computes, for an adapter that PEFT made on the meta device."""
-    device = home_of(layer.get_base_layer())
+    """Give an adapter on the meta device memory on the device where its layer computes, and an ordinary start."""
+    device = compute_device(layer.get_base_layer())
     if adapter_name in layer.lora_embedding_A:
-        for held in (layer.lora_embedding_A, layer.lora_embedding_B):
-            bare = held[adapter_name]
-            held[adapter_name] = nn.Parameter(torch.empty_like(bare, device=device), bare.requires_grad)
+        for parameters in (layer.lora_embedding_A, layer.lora_embedding_B):
+            old = parameters[adapter_name]
+            parameters[adapter_name] = nn.Parameter(torch.empty_like(old, device=device), old.requires_grad)
     else:
         for holder in (layer.lora_A[adapter_name], layer.lora_B[adapter_name]):
             holder.to_empty(device=device)

@@ -1,4 +1,4 @@
-"""Which modules PEFT adapts, and putting a fresh adapter there."""
+"""Find the modules that PEFT adapts, and inject a fresh adapter into a model."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from loraga.integrations.hf_models import Conv1D
 from loraga.integrations.peft.config import ORDINARY_STARTS, plain_start
 from loraga.integrations.peft.storage import give_storage, lost_to_offload
 
-# module names inside a PeftModel start with this
+# in a PeftModel the names of the base model's modules start with this
 INNER_PREFIX = "base_model.model."
-# wrappers that take stock of a model's parameters or rename them, and where the model is inside
+# wrappers that keep a list of a model's parameters or rename them, and the attribute with the model
 _WRAPPERS = {nn.DataParallel: "module", nn.parallel.DistributedDataParallel: "module", OptimizedModule: "_orig_mod"}
 
 
 def inner_model(model: nn.Module) -> nn.Module:
     """The model inside `DistributedDataParallel`, or `model` itself.
 
-    All that the wrapper adds is averaging weight gradients over ranks, of which there are none here.
+    The wrapper only averages gradients of weights over ranks, and loraga has none computed.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.module
-    return model
+    inner: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return inner
 
 
 def find_target_names(
@@ -51,9 +50,9 @@ def find_target_names(
         exclude_modules (`str` or list of `str`, *optional*): as in `LoraConfig`.
 
     Returns:
-        `dict[str, nn.Module]`: by module name in `model`, in the model's order. Where an adapter sits around the
-        module, the name is the adapter layer's and the module is the target inside it: a linear layer
-        (`is_linear_like`) or another with a `weight_matrix`, such as an embedding or a convolution.
+        `dict[str, nn.Module]`: by module name in `model`, in the model's order. Each is a linear layer
+        (`is_linear_like`) or another with a `weight_matrix`, such as an embedding or a convolution. Where PEFT has put
+        an adapter layer around a target, the module is the target and the name is that of the adapter layer.
 
     Raises:
         ValueError: no such module matches, or PEFT has no default for this model type.
@@ -68,12 +67,18 @@ def find_target_names(
 
 
 def find_targets(base: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """As `find_target_names`, of linear layers of a model that is no `PeftModel`."""
+    """The linear layers that PEFT would adapt with `config`, by name; `base` is no `PeftModel`.
+
+    `config.target_modules` is resolved, see `_resolve_targets`.
+
+    Raises:
+        ValueError: as `find_target_names`.
+    """
     return _find(base, config, is_linear_like)
 
 
 def _find(base: nn.Module, config: LoraConfig, fits: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
-    """The targets that fit; `config.target_modules` is spelled out on the way."""
+    """The targets for which `fits` is true; `config.target_modules` is resolved, see `_resolve_targets`."""
     asked = config.target_modules
     targets = {name: _inner(module) for name, module in _matches(base, config) if fits(_inner(module))}
     if not targets:
@@ -86,21 +91,26 @@ def inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) 
 
     Args:
         model (`nn.Module`): without adapters.
-        lora_config (`LoraConfig`, *optional*): not changed; `None` means r 16, alpha 64, all linear layers: the
-            scaling of rsLoRA with alpha 16, written so that every reader of adapters understands it.
+        lora_config (`LoraConfig`, *optional*): not changed; `None` means r 16, lora_alpha 64, all linear layers. The
+            scaling lora_alpha / r is then that of rsLoRA with lora_alpha 16, in a form that every reader of adapters
+            understands.
         adapter_name (`str`): its name.
 
+    Returns:
+        `PeftModel`: around `model`, whose target layers PEFT has replaced by its own.
+
     Raises:
-        TypeError: `lora_config` is no `LoraConfig`, or `model` no plain module.
-        ValueError: no target is found, or the model carries adapters already. The model is as before then.
+        TypeError: `lora_config` is no `LoraConfig`, or `model` is a `PeftModel`.
+        ValueError: no target is found, or the model has adapters already, or is inside a wrapper. The model is then
+            as it was before.
     """
     if isinstance(model, PeftModel):
         raise TypeError("inject needs a plain model; this one is a PeftModel with adapters of its own.")
-    for kind, attribute in _WRAPPERS.items():
-        if isinstance(model, kind):
+    for wrapper, attribute in _WRAPPERS.items():
+        if isinstance(model, wrapper):
             raise ValueError(
-                f"The model is wrapped in {kind.__name__}, which would neither see the adapter's parameters nor keep "
-                f"their names; pass model.{attribute}, and wrap what comes back."
+                f"The model is wrapped in {wrapper.__name__}, which would neither see the adapter's parameters nor "
+                f"keep their names; pass model.{attribute}, and wrap what comes back."
             )
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("This model carries PEFT layers already; pass the PeftModel around it, or unload() it first.")
@@ -113,12 +123,12 @@ def inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) 
     _resolve_targets(model, resolved)
     if not config.target_parameters and not any(True for _ in _matches(model, resolved)):
         raise ValueError(_nothing_found(model, config, config.target_modules))
-    if config.layer_replication is None:  # else PEFT itself looks, once it has added the layers
+    if config.layer_replication is None:  # with it, PEFT must resolve the targets itself, after it has added layers
         config = resolved
     restore = remember_model(model)
     try:
         with warnings.catch_warnings():
-            # PEFT sets it right itself, for every Conv1D
+            # the warning asks for nothing: PEFT corrects the value itself, for every Conv1D
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         for layer in peft_model.modules():
@@ -131,13 +141,13 @@ def inject(model: nn.Module, lora_config: LoraConfig | None, adapter_name: str) 
 
 
 def _ordinary(lora_config: LoraConfig) -> LoraConfig:
-    """A copy of the user's config whose injection neither reads gradients nor touches base weights."""
+    """A copy of the user's config with an ordinary start, which reads no gradient and changes no base weight."""
     start = lora_config.init_lora_weights
     if start not in (*ORDINARY_STARTS, "lora_ga"):
         warnings.warn(
             f"init_lora_weights={start!r} is left aside: loraga sets the start of this adapter. Leave it out of "
             "the LoraConfig, or use get_peft_model for that start.",
-            stacklevel=4,
+            stacklevel=6,  # past inject and three functions of api.py, to the caller of fast_init
         )
     if getattr(lora_config, "kasa_config", None) is not None:
         raise ValueError(
@@ -145,7 +155,7 @@ def _ordinary(lora_config: LoraConfig) -> LoraConfig:
             "it out, or use get_peft_model for KaSA."
         )
     config = plain_start(copy.deepcopy(lora_config))
-    if not config.init_lora_weights:  # layers that the gradient does not start have to start somewhere
+    if not config.init_lora_weights:  # layers that the gradient does not start need PEFT's ordinary start
         config.init_lora_weights = True
     return config
 
@@ -155,7 +165,13 @@ def _plain_targets(targets: str | Iterable[str] | None) -> str | list[str] | Non
 
 
 def _resolve_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Spell out `None` and "all-linear" as PEFT would, also for models that PEFT does not know."""
+    """Replace `None` and "all-linear" in `config.target_modules` by the names that PEFT would use.
+
+    "all-linear" leaves the output layer of a transformers model out, and works for models that PEFT does not know, too.
+
+    Raises:
+        ValueError: `None`, and PEFT has no default for this model type.
+    """
     targets = config.target_modules
     if targets is None and not config.target_parameters:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -172,27 +188,19 @@ def _resolve_targets(model: nn.Module, config: LoraConfig) -> None:
         config.target_modules = names
 
 
-def embeddings_of(model: nn.Module, kinds: tuple[str, ...] = ("input", "output")) -> list[nn.Module]:
-    """What a transformers model says its embeddings are, adapters aside; of any other model nothing is known."""
-    found = []
-    for kind in kinds:
-        find = getattr(model, f"get_{kind}_embeddings", None)
-        try:
-            module = find() if find is not None else None
-        except (NotImplementedError, AttributeError):
-            module = None
-        if module is not None:
-            found.append(_inner(module))
-    return found
-
-
 def _output_layer_names(model: nn.Module) -> set[str]:
-    output = embeddings_of(model, ("output",))
-    return {name for name, module in model.named_modules() if any(module is one for one in output)}
+    """The names of the layer that a transformers model calls its output embeddings; none of any other model."""
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        module = find() if find is not None else None
+    except (NotImplementedError, AttributeError):
+        module = None
+    output = None if module is None else _inner(module)
+    return {name for name, module in model.named_modules() if module is output}
 
 
 def _matches(base: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Modules PEFT would put an adapter around; `config.target_modules` is spelled out on the way."""
+    """The modules, by name, around which PEFT would put an adapter; `config.target_modules` is resolved first."""
     _resolve_targets(base, config)
     inside: tuple[str, ...] = ()
     for name, module in base.named_modules():
@@ -205,16 +213,19 @@ def _matches(base: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.Modu
 
 
 def _inner(module: nn.Module) -> nn.Module:
+    """The target inside an adapter layer, or `module` itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def is_linear_like(module: nn.Module) -> bool:
+    """Whether PEFT takes a module for a linear layer: by its class, or by `in_features` and `out_features`."""
     return isinstance(module, (nn.Linear, Conv1D)) or (
         hasattr(module, "in_features") and hasattr(module, "out_features")
     )
 
 
 def _nothing_found(model: nn.Module, config: LoraConfig, asked: Any) -> str:
+    """The message for targets that match nothing: what was asked for, and which layers there are."""
     linear = [name for name, module in model.named_modules() if name and is_linear_like(module)]
     known = ", ".join(repr(name) for name in linear[:4]) or "no linear layer at all"
     text = f"target_modules={asked!r} finds no linear layer in {type(model).__name__}, which has {known}"
