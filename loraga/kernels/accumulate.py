@@ -69,6 +69,15 @@ def _finite_kernel(
 
 
 @triton.jit
+def _block_of(program, blocks_m, blocks_n, GROUP: tl.constexpr):
+    """Row and column of a program's block. Programs take GROUP rows of blocks at a time, column by column, so that
+    they find their operands in L2."""
+    group = program // (GROUP * blocks_n)
+    height = tl.minimum(blocks_m - group * GROUP, GROUP)
+    return group * GROUP + (program % (GROUP * blocks_n)) % height, (program % (GROUP * blocks_n)) // height
+
+
+@triton.jit
 def _accumulate_kernel(
     g_ptr,
     x_ptr,
@@ -97,13 +106,7 @@ def _accumulate_kernel(
     PRECISION: tl.constexpr,
 ):
     """G += scale · dYᵀ X block by block; with SPLIT, partial[split] = the sum over every splits-th block of tokens."""
-    # blocks are taken GROUP rows of blocks at a time, column by column, so that operands are found in L2
-    blocks_m, blocks_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    program = tl.program_id(0)
-    group = program // (GROUP * blocks_n)
-    height = tl.minimum(blocks_m - group * GROUP, GROUP)
-    block_m = group * GROUP + (program % (GROUP * blocks_n)) % height
-    block_n = (program % (GROUP * blocks_n)) // height
+    block_m, block_n = _block_of(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
     part = tl.program_id(1)
     rows = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

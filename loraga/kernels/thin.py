@@ -96,6 +96,31 @@ def _project_kernel(
 
 
 @triton.jit
+def _add_product(
+    sums,
+    left_rows,
+    inside_rows,
+    stride_li,
+    right_columns,
+    inside_columns,
+    stride_ri,
+    inner_size,
+    BLOCK_I: tl.constexpr,
+):
+    """sums + L · M for the rows of L and columns of M that the pointers name, with inner_size terms each."""
+    for start in range(0, inner_size, BLOCK_I):
+        inner = (start + tl.arange(0, BLOCK_I)).to(tl.int64)
+        left = tl.load(
+            left_rows + inner[None, :] * stride_li, mask=inside_rows & (inner[None, :] < inner_size), other=0.0
+        )
+        right = tl.load(
+            right_columns + inner[:, None] * stride_ri, mask=(inner[:, None] < inner_size) & inside_columns, other=0.0
+        )
+        sums = tl.dot(left, right, sums, input_precision="tf32x3")
+    return sums
+
+
+@triton.jit
 def _fold_kernel(
     a_ptr,
     p_ptr,
@@ -153,19 +178,17 @@ def _fold_kernel(
     sums *= scale
     if ONTO:
         if part == 0:
-            for start in range(0, inner_size, BLOCK_I):
-                inner = (start + tl.arange(0, BLOCK_I)).to(tl.int64)
-                left = tl.load(
-                    left_ptr + rows[:, None] * stride_lm + inner[None, :] * stride_li,
-                    mask=(rows[:, None] < m) & (inner[None, :] < inner_size),
-                    other=0.0,
-                )
-                right = tl.load(
-                    right_ptr + inner[:, None] * stride_ri + columns[None, :] * stride_rk,
-                    mask=(inner[:, None] < inner_size) & (columns[None, :] < k_right),
-                    other=0.0,
-                )
-                sums = tl.dot(left, right, sums, input_precision="tf32x3")
+            sums = _add_product(
+                sums,
+                left_ptr + rows[:, None] * stride_lm,
+                rows[:, None] < m,
+                stride_li,
+                right_ptr + columns[None, :] * stride_rk,
+                columns[None, :] < k_right,
+                stride_ri,
+                inner_size,
+                BLOCK_I,
+            )
     out_ptr += part.to(tl.int64) * stride_os + batch * stride_ob
     out = out_ptr + rows[:, None] * stride_om + columns[None, :].to(tl.int64) * stride_ok
     tl.store(out, rounded(sums, out_ptr, WIDEN), mask=(rows[:, None] < m) & inside_columns)
