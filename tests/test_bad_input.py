@@ -7,8 +7,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
-from zoo import (
+from tiny import (
     MLP,
     STARTS,
     assert_same,
@@ -21,6 +20,7 @@ from zoo import (
     init,
     mlp_batches,
 )
+from torch import nn
 
 import loraga
 from loraga import InitConfig

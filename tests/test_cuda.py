@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from tiny import STARTS, R, assert_plain, batches, build, captured, config, exact_gradients, init, matrices
 from torch import nn
-from zoo import STARTS, R, assert_plain, batches, build, captured, config, exact_gradients, init, matrices
 
 import loraga
 from loraga import InitConfig

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-from zoo import (
+from tiny import (
     ARCHITECTURES,
     MLP,
     STARTS,
@@ -32,6 +30,8 @@ from zoo import (
     objective_excess,
     pairs,
 )
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import loraga
 from loraga import InitConfig
@@ -231,7 +231,7 @@ def test_same_seed_same_bits_in_any_process():
 import sys; sys.path.insert(0, {tests!r})
 import torch, loraga, hashlib
 torch.manual_seed({noise}); torch.set_num_threads(1)
-from zoo import build, batches
+from tiny import build, batches
 m = loraga.fast_init(build("llama"), batches("llama"), show_progress_bar=False, seed=5)
 state = b"".join(v.numpy().tobytes() for k, v in sorted(m.state_dict().items()) if "lora" in k)
 print(hashlib.sha256(state).hexdigest())

@@ -15,9 +15,9 @@ import pytest
 import torch
 from command_line import QUIET, run, weights_of, write_data
 from peft import PeftModel
+from tiny import MLP, assert_same, everything_about, init, mlp_batches
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from zoo import MLP, assert_same, everything_about, init, mlp_batches
 
 import loraga
 from loraga import _atomic_files

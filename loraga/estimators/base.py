@@ -38,7 +38,8 @@ class Estimate:
 
     Attributes:
         factors (`Factors`): the leading triplets of the mean over micro-batches.
-        energy (`float`): estimate of the squared Frobenius norm of that mean, at least that of the factors.
+        energy (`float`): estimate of the squared Frobenius norm of that mean. To rounding, it is at least that of the
+            factors.
     """
 
     factors: Factors

@@ -58,7 +58,7 @@ class Dense:
 
     @property
     def merged_bytes(self) -> int:
-        return 4 * self._g.numel()  # summed over ranks in float32
+        return 4 * self.spec.m * self.spec.n  # summed over ranks in float32
 
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         if self._ring is None:

@@ -177,7 +177,9 @@ class _Counting(TorchDispatchMode):
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         new = [self._run._count_storage(result) for result in results]
         formula = _FORMULAS.get(func._overloadpacket)
-        flops = formula(*args, **kwargs, out_val=out) if formula is not None else 0
+        # torch's formula for bmm knows no dtype of the result
+        operands_of = args[:2] if func is aten.bmm.dtype else args
+        flops = formula(*operands_of, **kwargs, out_val=out) if formula is not None else 0
         if any(new) or func._schema.is_mutable:
             operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self._run._count_op(flops, sum(t.numel() * t.element_size() for t in operands + results))

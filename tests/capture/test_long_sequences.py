@@ -10,7 +10,7 @@ import pytest
 import torch
 from memory import LiveBytes, _tensors
 from peft import LoraConfig, get_peft_model
-from zoo import captured, exact_gradients
+from tiny import captured, exact_gradients
 
 import loraga
 

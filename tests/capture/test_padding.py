@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
+from tiny import objective_excess
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from zoo import objective_excess
 
 import loraga
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import batches, build, exact_gradients
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
-from zoo import batches, build, exact_gradients
 
 from loraga.capture.isolation import isolated
 from loraga.capture.taps import Taps

@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 from memory import LiveBytes, Queues
+from tiny import captured, objective_excess
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from zoo import captured, objective_excess
 
 import loraga
 from loraga.capture.isolation import isolated
@@ -35,7 +35,7 @@ class Outer(nn.Module):
         return torch.tanh(x @ self.weight @ self.weight.T)
 
 
-class Zoo(nn.Module):
+class EveryKind(nn.Module):
     """Every kind of layer with a weight matrix; the output layer shares the embedding's weight."""
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ def state_of(model: nn.Module) -> list:
 # ---------------------------------------------------------------------------------------------------- through the API
 @pytest.mark.parametrize("estimator", ["dense", "streaming"])
 def test_factors_of_layers_that_are_not_linear(estimator):
-    model, loader = Zoo(), batches()
+    model, loader = EveryKind(), batches()
     names = [*WHOLE, "up"]
     exact = true_gradients(model, loader, names)
     found = loraga.estimate_factors(model, loader, [*names, "norm"], RANK, estimator=estimator, loss_fn=loss_of)
@@ -118,7 +118,7 @@ def test_factors_of_layers_that_are_not_linear(estimator):
 
 def test_a_tied_weight_gives_the_embeddings_own_gradient():
     """The output layer's share of a tied weight's gradient is none of the embedding's adapter's business."""
-    model, loader = Zoo(), batches()
+    model, loader = EveryKind(), batches()
     g = true_gradients(model, loader, ["table"])["table"]
     found = loraga.estimate_factors(model, loader, ["table"], RANK, loss_fn=loss_of)["table"]
     assert captured(g, found) > 0.9999 and torch.allclose(found.S.double(), torch.linalg.svdvals(g)[:RANK], rtol=1e-3)
@@ -126,7 +126,7 @@ def test_a_tied_weight_gives_the_embeddings_own_gradient():
 
 @pytest.mark.parametrize("wrong", [None, "loader", "loss", "rank"])
 def test_the_model_is_left_as_it_was(wrong):
-    model, loader = Zoo(), batches()
+    model, loader = EveryKind(), batches()
     model.conv1.weight.requires_grad_(False)
     model.conv2.weight.grad = torch.full_like(model.conv2.weight, 3.0)
     model.up.weight.grad = torch.ones_like(model.up.weight)
@@ -156,7 +156,7 @@ def test_the_model_is_left_as_it_was(wrong):
 
 
 def test_a_batch_with_nan_is_left_out_and_a_layer_that_is_not_called_is_named():
-    model, loader = Zoo(), batches(4)
+    model, loader = EveryKind(), batches(4)
     poisoned = [False, True, False, False]
 
     def loss(model, batch):
@@ -178,7 +178,7 @@ def test_a_batch_with_nan_is_left_out_and_a_layer_that_is_not_called_is_named():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype):
-    model, loader = Zoo(), batches()
+    model, loader = EveryKind(), batches()
     exact = true_gradients(model.to(dtype), loader, WHOLE)
     found = loraga.estimate_factors(
         model, loader, WHOLE, RANK, loss_fn=lambda m, b: loss_of(m, b) * (1e-4 if dtype == torch.float16 else 1.0)
@@ -189,27 +189,29 @@ def test_other_dtypes(dtype):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant):
-    model, loader = Zoo(), batches()
+    model, loader = EveryKind(), batches()
     exact = true_gradients(model, loader, ["conv1", "outer"])
 
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.zoo = model
+            self.layers = model
 
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            zoo = self.zoo
-            h = zoo.table(tokens).mT.detach().requires_grad_()
-            h = checkpoint(zoo.conv1, h, use_reentrant=reentrant)
-            h = zoo.middle(h)
+            layers = self.layers
+            h = layers.table(tokens).mT.detach().requires_grad_()
+            h = checkpoint(layers.conv1, h, use_reentrant=reentrant)
+            h = layers.middle(h)
             h = checkpoint(
-                zoo.outer, checkpoint(zoo.outer, zoo.norm(h.mT), use_reentrant=reentrant), use_reentrant=reentrant
+                layers.outer,
+                checkpoint(layers.outer, layers.norm(h.mT), use_reentrant=reentrant),
+                use_reentrant=reentrant,
             )
-            return zoo.head(zoo.up(h))
+            return layers.head(layers.up(h))
 
     found = loraga.estimate_factors(Checkpointed(), loader, ["conv1", "outer"], RANK, loss_fn=loss_of)
     for name, g in exact.items():
-        factors = found[f"zoo.{name}"]
+        factors = found[f"layers.{name}"]
         assert captured(g, factors) > 0.9999
         assert torch.allclose(factors.S.double(), torch.linalg.svdvals(g)[:RANK], rtol=1e-3)
 
@@ -225,7 +227,7 @@ def test_sparse_gradients_of_an_embedding():
 def test_a_convolution_under_an_adapter_of_its_own():
     from peft import LoraConfig, get_peft_model
 
-    model, loader = Zoo(), batches()
+    model, loader = EveryKind(), batches()
     exact = true_gradients(model, loader, ["conv1", "table"])
     peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["conv1", "table"], init_lora_weights=False))
     found = loraga.estimate_factors(peft_model, loader, ["conv1", "table"], RANK, loss_fn=loss_of)
@@ -239,14 +241,14 @@ def test_fast_init_still_says_which_layers_it_does_not_write():
 
     with pytest.warns(UserWarning, match=r"ordinary LoRA start: conv2 \(Conv2d with groups=3: PEFT's adapter mixes"):
         lora = LoraConfig(r=3, target_modules=["conv2", "up"])
-        model = loraga.fast_init(Zoo(), batches(), lora, loss_fn=loss_of, show_progress_bar=False)
+        model = loraga.fast_init(EveryKind(), batches(), lora, loss_fn=loss_of, show_progress_bar=False)
     assert [layer.name for layer in model.loraga_report.initialised] == ["up"]
 
 
 @pytest.mark.parametrize("estimator", ["dense", "streaming"])
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_what_is_held_for_a_layer_that_is_not_linear(estimator, dtype):
-    model = Zoo()
+    model = EveryKind()
     config = InitConfig(estimator=estimator, buffer_dtype=dtype)
     request = Request(
         wanted={"conv1": RANK}, targets={}, weights={"conv1": WeightGradient(model.conv1)}, init=config, seed=0
@@ -257,6 +259,20 @@ def test_what_is_held_for_a_layer_that_is_not_linear(estimator, dtype):
 
 
 # ------------------------------------------------------------------------------------------------------ piece by piece
+class UnknownParameter(nn.Parameter):
+    """As libraries of quantized weights make them: what its numbers mean is theirs to know."""
+
+
+class UnknownTensor(torch.Tensor):
+    """A tensor of another library, which `nn.Parameter` leaves of its own class."""
+
+
+def layer_with(weight: nn.Parameter) -> nn.Module:
+    layer = nn.Linear(3, 4)
+    layer._parameters["weight"] = weight
+    return layer
+
+
 def test_which_weights_are_matrices():
     assert weight_matrix(nn.Conv2d(3, 4, 2)) is not None and weight_matrix(nn.Bilinear(3, 4, 5)) is not None
     for module in (
@@ -265,6 +281,8 @@ def test_which_weights_are_matrices():
         nn.ConvTranspose2d(3, 4, 2),
         nn.Conv2d(3, 4, 2, device="meta"),
         nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 2)),
+        layer_with(UnknownParameter(torch.randn(4, 3))),
+        layer_with(nn.Parameter(torch.randn(4, 3).as_subclass(UnknownTensor))),
     ):
         assert weight_matrix(module) is None
     with (

@@ -9,8 +9,8 @@ import peft
 import pytest
 import rank_jobs as jobs
 import ranks
+import tiny
 import torch
-import zoo
 from peft import PeftModel
 from torch import nn
 
@@ -57,15 +57,15 @@ def work_of(folder: Path) -> dict[str, tuple]:
         "autocast": (jobs.autocast, 2),
         "not linear streaming": (jobs.not_linear, 2, "streaming"),
         "not linear dense": (jobs.not_linear, 2, "dense"),
-        **{f"every kind {start} {n}": (jobs.every_kind, n, start) for start in zoo.STARTS for n in (1, 2)},
+        **{f"every kind {start} {n}": (jobs.every_kind, n, start) for start in tiny.STARTS for n in (1, 2)},
         "ordinary": (jobs.ordinary, 2),
         "every kind sharded": (jobs.every_kind_sharded, 2),
         **({"peft flow": (jobs.peft_flow, 2, str(folder))} if PEFT_HAS_LORA_GA else {}),
         "failures": (jobs.failures, 4),
         "alone": (jobs.alone, 2),
         "ddp": (jobs.ddp, 2),
-        **{f"whole {start}": (jobs.whole, 1, start) for start in zoo.STARTS},
-        **{f"{start} {o}": (jobs.sharded, 2, start, o, str(folder)) for start in zoo.STARTS for o in ORDERS},
+        **{f"whole {start}": (jobs.whole, 1, start) for start in tiny.STARTS},
+        **{f"{start} {o}": (jobs.sharded, 2, start, o, str(folder)) for start in tiny.STARTS for o in ORDERS},
         "memory": (jobs.memory, 2),
         "refusals": (jobs.refusals, 2),
         "cut short": (jobs.cut_short, 2),
@@ -122,7 +122,7 @@ def test_bytes_reduced_are_those_of_three_thin_exchanges(found):
     expected = 0
     for layer in found["two"][0]["report"]:
         m, n = layer["shape"]
-        k, q = sketch_width(zoo.R), zoo.R
+        k, q = sketch_width(tiny.R), tiny.R
         sketch = 2 * k * n + (k + 16) * m
         expected += 4 * ((sketch if m * n > 2 * k * (m + n) else m * n) + q * (m + n + 1)) + 8
     counts = 8 * 5 * (1 + len(found["two"][0]["report"]))
@@ -170,7 +170,7 @@ def test_layers_that_are_not_linear(found, estimator):
     assert first["norm"] == pytest.approx([1.0] * 3, rel=0.01)
 
 
-@pytest.mark.parametrize("start", zoo.STARTS)
+@pytest.mark.parametrize("start", tiny.STARTS)
 def test_adapters_of_every_kind(found, start):
     """Convolutions, an embedding and experts, one of which no rank uses: as one process with all batches."""
     (alone,), (first, second) = found[f"every kind {start} 1"], found[f"every kind {start} 2"]
@@ -273,7 +273,7 @@ def test_distributed_data_parallel(found):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("start", zoo.STARTS)
+@pytest.mark.parametrize("start", tiny.STARTS)
 def test_fully_shard_trains_as_one_process(found, start, order):
     (whole,) = found[f"whole {start}"]
     for each in found[f"{start} {order}"]:
@@ -283,10 +283,10 @@ def test_fully_shard_trains_as_one_process(found, start, order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("start", zoo.STARTS)
+@pytest.mark.parametrize("start", tiny.STARTS)
 def test_what_a_sharded_model_saves_is_a_plain_adapter(found, start, order):
     (whole,) = found[f"whole {start}"]
-    read = PeftModel.from_pretrained(zoo.build("llama"), found["folder"] / f"{start}-{order}")
+    read = PeftModel.from_pretrained(tiny.build("llama"), found["folder"] / f"{start}-{order}")
     state = {name: value for name, value in read.state_dict().items() if "lora_" in name}
     assert state.keys() == whole["start"].keys()
     for name, value in whole["start"].items():
@@ -328,28 +328,28 @@ def test_sharded_models_can_be_tapped_and_initialised_anew(found):
 
 
 def test_deepspeed_zero_3_is_refused():
-    model = zoo.MLP()
+    model = tiny.MLP()
     parameter = model.layers[1].weight
     parameter.ds_id, parameter.ds_shape = 3, parameter.shape
     parameter.data = torch.empty(0)
-    for call in (zoo.init, loraga.estimate_factors):
+    for call in (tiny.init, loraga.estimate_factors):
         with pytest.raises(ValueError, match=r"ZeRO-3 .*layers\.1\.weight.*loraga init"):
-            call(model, zoo.mlp_batches(1))
+            call(model, tiny.mlp_batches(1))
 
 
 def test_a_tensor_parallel_plan_is_refused_by_layer():
-    model = zoo.MLP()
+    model = tiny.MLP()
     model.layers[1]._hf_tp_plan = "colwise"
     with pytest.raises(ValueError, match=r"'layers\.1' is tensor-parallel \(colwise\)"):
-        loraga.estimate_factors(model, zoo.mlp_batches(1), rank=4)
-    assert set(loraga.estimate_factors(model, zoo.mlp_batches(1), ["layers.0"], rank=4)) == {"layers.0"}
+        loraga.estimate_factors(model, tiny.mlp_batches(1), rank=4)
+    assert set(loraga.estimate_factors(model, tiny.mlp_batches(1), ["layers.0"], rank=4)) == {"layers.0"}
 
 
 def test_flat_parameters_are_refused():
     class FlatParameter(nn.Parameter):
         pass
 
-    model = zoo.MLP()
+    model = tiny.MLP()
     model.layers[0].weight = FlatParameter(model.layers[0].weight.detach())
     with pytest.raises(ValueError, match="fully_shard"):
-        zoo.init(model, zoo.mlp_batches(1))
+        tiny.init(model, tiny.mlp_batches(1))

@@ -7,8 +7,8 @@ import importlib.util
 import engine_jobs as jobs
 import pytest
 import ranks
+import tiny
 import torch
-import zoo
 from peft import PeftModel
 
 ROUNDING = 1e-5  # of logits of size 1 in float32
@@ -71,7 +71,7 @@ def test_state_has_the_names_shapes_and_dtypes_of_a_plain_lora(run):
 @every
 def test_training_begins_at_the_base_and_leaves_its_weights_alone(run):
     _, seen = run
-    base = zoo.build("llama")
+    base = tiny.build("llama")
     for rank in seen:
         assert apart(rank["begun"], logits(base)) < ROUNDING
         assert apart(rank["trained"], rank["begun"]) > MOVED
@@ -88,7 +88,7 @@ def test_training_begins_at_the_base_and_leaves_its_weights_alone(run):
 @every
 def test_adapter_of_the_state_loads_in_plain_peft(run):
     folder, seen = run
-    loaded = logits(PeftModel.from_pretrained(zoo.build("llama"), folder / "adapter"))
+    loaded = logits(PeftModel.from_pretrained(tiny.build("llama"), folder / "adapter"))
     for rank in seen:
         assert apart(rank["trained"], loaded) < ROUNDING
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
-from zoo import (
+from tiny import (
     MLP,
     STARTS,
     batches,
@@ -23,6 +22,7 @@ from zoo import (
     matrices,
     mlp_batches,
 )
+from torch import Tensor, nn
 
 import loraga
 

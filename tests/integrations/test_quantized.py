@@ -11,9 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
-from zoo import (
+from tiny import (
     STARTS,
     batches,
     build,
@@ -25,6 +23,8 @@ from zoo import (
     matrices,
     objective_excess,
 )
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import loraga
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
-import zoo
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -129,7 +129,7 @@ def trainer_of(kind: str, model, folder: Path, peft_config: LoraConfig | None = 
 
 
 def lora() -> LoraConfig:
-    return zoo.config(task_type="CAUSAL_LM")
+    return tiny.config(task_type="CAUSAL_LM")
 
 
 def started(model, start: str, config: LoraConfig | None = None, loader=None, **options) -> PeftModel:
@@ -280,10 +280,10 @@ def test_a_trainers_own_loss_can_start_its_adapter(tmp_path):
     loader = list(trainer.get_train_dataloader())
     started(trainer.model, "zero-b", loader=loader, loss_fn=trainer.compute_loss)
     names = [layer.name for layer in trainer.model.loraga_report.layers]
-    gradients = zoo.exact_gradients(base(), names, loader, preference)
+    gradients = tiny.exact_gradients(base(), names, loader, preference)
     for name, gradient in gradients.items():
         A = trainer.model.base_model.model.get_submodule(name).lora_A["default"].weight.detach().double()
-        best = torch.linalg.svdvals(gradient)[: zoo.R].square().sum()
+        best = torch.linalg.svdvals(gradient)[: tiny.R].square().sum()
         assert (gradient @ torch.linalg.qr(A.T).Q).square().sum() > 0.99 * best, name
 
 

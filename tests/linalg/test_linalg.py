@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loraga.linalg import fix_signs, seed_of, test_matrix, truncated_svd
 from loraga.linalg.svd import factorize
-from loraga.ops import reference
+from loraga.ops import declared, reference
 
 SPECTRA = {
     "polynomial": lambda k: torch.arange(1, k + 1, dtype=torch.float64) ** -1.0,
@@ -153,6 +153,18 @@ def test_exact_low_rank_is_recovered(m, n, rank, seed):
     g = torch.randn(m, rank, generator=generator) @ torch.randn(rank, n, generator=generator)
     f = truncated_svd(g, rank, seed=seed)
     assert ((f.U * f.S) @ f.Vh - g).abs().max() <= 1e-5 * g.norm()
+
+
+@pytest.mark.parametrize(("shape", "passes"), [((30, 90), 1), ((90, 30), 1), ((32, 32), 1), ((90, 80), 4)])
+def test_a_block_that_spans_the_smaller_side_takes_one_pass(shape, passes, monkeypatch):
+    """Its range is all there is, and more passes would not change it."""
+    asked = []
+    subspace = declared.subspace
+    monkeypatch.setattr(declared, "subspace", lambda g, k, n, seeds: asked.append(n) or subspace(g, k, n, seeds))
+    g = matrix(*shape, "polynomial").float()
+    f, truth = truncated_svd(g, 4), torch.linalg.svdvals(g.double())
+    assert asked == [passes]
+    assert torch.allclose(f.S.double(), truth[:4], rtol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [0, 8, -1])

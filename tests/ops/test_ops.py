@@ -264,6 +264,34 @@ def test_orthonormalize_any_input(shape, kind):
     assert (unit - q @ (q.T @ unit)).norm() < 2e-5  # the range is kept
 
 
+def with_jitter(y: torch.Tensor) -> torch.Tensor:
+    """What orthonormalize factorizes in place of the square block `y`, in float64."""
+    noise = reference.directions(*y.shape[-2:], y.device).double()
+    return y.double() + noise * (reference.JITTER * y.double().norm(dim=-2, keepdim=True))
+
+
+def cancelled(k: int, seed: int) -> torch.Tensor:
+    """A square block that is singular to 15 digits once the jitter is added to it.
+
+    Its determinant is linear in each entry, and an entry that is nearly zero can be set more finely than others.
+    """
+    y = torch.randn(k, k, generator=torch.Generator().manual_seed(seed))
+    y[0, 1] = 0.0
+    for column in (0, 0, 1):
+        y[0, column] -= float(1 / torch.linalg.inv(with_jitter(y))[column, 0])
+    return y
+
+
+@pytest.mark.parametrize("k", [20, 40, 80])
+def test_orthonormalize_a_square_block_whose_jitter_cancels_a_direction(k):
+    """Two passes of CholeskyQR would leave up to 1e-4."""
+    y = torch.stack([cancelled(k, seed) for seed in range(6)])
+    singular = torch.linalg.svdvals(with_jitter(y))
+    assert (singular[:, -1] < 1e-15 * singular[:, 0]).all()
+    q = declared.orthonormalize(y).double()
+    assert (q.mT @ q - torch.eye(k)).norm(2, dim=(-2, -1)).max() < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["zero", "rank one", "zero columns", "scaled columns", "3", "7"])
 def test_orthonormalize_without_refinement(kind):
     """Full rank and well conditioned for any input, orthonormal for a good one."""

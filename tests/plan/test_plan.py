@@ -6,9 +6,9 @@ import json
 import re
 
 import pytest
+import tiny
 import torch
 import transformers as hf
-import zoo
 from torch.utils.flop_counter import FlopCounterMode
 
 import loraga
@@ -43,7 +43,7 @@ def small_llama(layers=2, width=320, **kwargs):
 
 def planned(config, lora=None, family="AutoModelForCausalLM", dtype=torch.float32, **kwargs):
     options = {"rows": 2, "length": 48, "micro_batches": 4, **kwargs}
-    return plan(without_weights(config, family, dtype), lora or zoo.config(), **options)
+    return plan(without_weights(config, family, dtype), lora or tiny.config(), **options)
 
 
 FAMILIES = {
@@ -55,14 +55,14 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name, rank", [*((name, zoo.R) for name in FAMILIES), ("llama", 200)])
+@pytest.mark.parametrize("name, rank", [*((name, tiny.R) for name in FAMILIES), ("llama", 200)])
 def test_state_is_that_of_the_real_estimators(name, rank):
     """Also at a rank that some layers have too few directions for."""
-    model, lora = zoo.build(name), zoo.config(r=rank)
-    if name == "bert":  # the zoo's is no language model
+    model, lora = tiny.build(name), tiny.config(r=rank)
+    if name == "bert":  # the one of tiny.py is no language model
         model = hf.BertForMaskedLM(model.config)
     found = planned(model.config, lora, FAMILIES[name])
-    real = zoo.init(model, zoo.batches("gpt2"), lora).loraga_report
+    real = tiny.init(model, tiny.batches("gpt2"), lora).loraga_report
     assert found.state_bytes == real.state_bytes
     assert sum(layers.count for layers in found.layers) == len(real.layers)
     kinds = {layer.shape for layer in real.layers}
@@ -105,10 +105,10 @@ def test_our_flops_are_the_four_thin_products_and_little_else():
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_activations_are_those_autograd_keeps_on_the_real_model(name):
-    model = zoo.build(name)
+    model = tiny.build(name)
     bare = without_weights(model.config, FAMILIES[name], torch.float32).eval()
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    ids = torch.randint(0, zoo.VOCABULARY, (2, 48))
+    ids = torch.randint(0, tiny.VOCABULARY, (2, 48))
     kept = {}
 
     def keep(tensor):
@@ -165,11 +165,33 @@ def test_time_is_the_longer_of_flops_and_bytes():
         assert run.seconds == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize(
+    ("micro_batches", "bytes_per_number"),
+    [
+        (256, 2),
+        (257, 4),
+    ],
+)
+def test_dense_buffers_are_bfloat16_up_to_256_micro_batches(micro_batches, bytes_per_number):
+    found = planned(small_llama(), micro_batches=micro_batches, init=loraga.InitConfig(estimator="dense"))
+    for layers in found.layers:
+        assert layers.state_bytes == bytes_per_number * layers.count * layers.shape[0] * layers.shape[1]
+
+
+def test_training_with_adamw_holds_16_bytes_for_each_trained_number():
+    """The number in float32, its gradient and two moments; beside them one token is nothing."""
+    rank = 120
+    found = planned(small_llama(), tiny.config(r=rank), rows=1, length=1)
+    trained = sum(layers.count * rank * sum(layers.shape) for layers in found.layers)
+    assert found.adapter_bytes == 4 * trained
+    assert found.peaks["LoRA training step"] - found.weight_bytes == pytest.approx(16 * trained, rel=0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank, rows", [(2, 8), (40, 1)])
 def test_deep_models_are_extrapolated_exactly(monkeypatch, rank, rows):
     """Against a dry run of all blocks, where activations dominate the peak and where adapter gradients do."""
-    lora = zoo.config(r=rank)
+    lora = tiny.config(r=rank)
     short = planned(small_llama(layers=9), lora, rows=rows, length=16)
     monkeypatch.setattr("loraga.plan.plan._BLOCKS", 9)
     whole = planned(small_llama(layers=9), lora, rows=rows, length=16)
@@ -180,7 +202,7 @@ def test_deep_models_are_extrapolated_exactly(monkeypatch, rank, rows):
 
 @pytest.mark.slow
 def test_extrapolation_of_two_stacks(monkeypatch):
-    config = zoo.build("t5").config
+    config = tiny.build("t5").config
     config.num_layers, config.num_decoder_layers = 5, 4
     short = planned(config, family="AutoModelForSeq2SeqLM")
     monkeypatch.setattr("loraga.plan.plan._BLOCKS", 9)
@@ -208,7 +230,7 @@ def test_bytes_between_ranks():
         m, n = layers.shape
         one = 4 * (2 * n * 80 + m * (80 + 16)) if layers.columns else 4 * m * n
         expected += layers.count * one
-        factors += layers.count * (4 * zoo.R * (m + n + 1) + 8)
+        factors += layers.count * (4 * tiny.R * (m + n + 1) + 8)
     assert (four.merged_bytes, four.broadcast_bytes) == (expected, factors)
 
 
@@ -270,7 +292,7 @@ def test_a_model_that_looks_at_values_is_refused():
         experts_implementation="eager",
     )
     with pytest.raises(ValueError, match="depends on the values"):
-        planned(config, zoo.config(target_modules=["q_proj"]))
+        planned(config, tiny.config(target_modules=["q_proj"]))
 
 
 def test_names_are_known():

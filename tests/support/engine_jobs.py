@@ -6,8 +6,8 @@ import os
 import traceback
 from pathlib import Path
 
+import tiny
 import torch
-import zoo
 from peft import get_peft_model, get_peft_model_state_dict
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -22,12 +22,12 @@ SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 def config():
-    return zoo.config(task_type="CAUSAL_LM")
+    return tiny.config(task_type="CAUSAL_LM")
 
 
 def probe() -> dict[str, torch.Tensor]:
     """What all models are asked."""
-    return {"input_ids": zoo.batches("llama", 1, rows=2, seed=9)[0]["input_ids"]}
+    return {"input_ids": tiny.batches("llama", 1, rows=2, seed=9)[0]["input_ids"]}
 
 
 def optimizer_of(model) -> torch.optim.Optimizer:
@@ -127,14 +127,14 @@ def _trip(rank, world, name, start, folder):
     """Start, train, take the state, save from it and restore from it; a plain LoRA is trained and described too."""
     engine = _engine(rank, world, name, start)
     begun = _logits(engine)
-    loader = zoo.batches("llama", world * STEPS, rows=2, seed=5)[rank::world]
+    loader = tiny.batches("llama", world * STEPS, rows=2, seed=5)[rank::world]
     engine.train(loader)
     sharded, state, saved = engine.is_sharded(), engine.state(), engine.saved(folder / "checkpoint")
-    plain = _wrapped(name, get_peft_model(zoo.build("llama"), config()))
+    plain = _wrapped(name, get_peft_model(tiny.build("llama"), config()))
     plain.train(loader)
     if rank == 0:
         _save(engine, state, folder / "adapter")
-    other = engine.restored(get_peft_model(zoo.build("llama"), config()), folder / "checkpoint")
+    other = engine.restored(get_peft_model(tiny.build("llama"), config()), folder / "checkpoint")
     return {
         "sharded": sharded,
         "begun": begun,
@@ -150,11 +150,11 @@ def _trip(rank, world, name, start, folder):
 
 
 def _engine(rank, world, name, start):
-    batches = zoo.batches("llama", 2 * world, rows=2)[rank::world]
+    batches = tiny.batches("llama", 2 * world, rows=2)[rank::world]
     options = {"init": InitConfig(start=start), "show_progress_bar": False}
     if not name.endswith("then start"):
-        return _wrapped(name, loraga.fast_init(zoo.build("llama"), batches, config(), **options))
-    engine = _wrapped(name, get_peft_model(zoo.build("llama"), config()))
+        return _wrapped(name, loraga.fast_init(tiny.build("llama"), batches, config(), **options))
+    engine = _wrapped(name, get_peft_model(tiny.build("llama"), config()))
     loraga.fast_init(engine.model, batches, **options)
     return engine
 

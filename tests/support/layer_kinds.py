@@ -33,7 +33,7 @@ class Experts(nn.Module):
         return torch.einsum("btn,btnm->btm" if self.is_transposed else "btn,btmn->btm", h, weight)
 
 
-class Zoo(nn.Module):
+class EveryKind(nn.Module):
     """One layer of every kind; expert 2 of 4 sees no token."""
 
     def __init__(self) -> None:
@@ -61,9 +61,9 @@ class Zoo(nn.Module):
 KINDS = ["table", "conv1", "conv2", "conv3", "point", "straight.weight", "crossed.weight"]
 
 
-def build(dtype: torch.dtype = torch.float32) -> Zoo:
+def build(dtype: torch.dtype = torch.float32) -> EveryKind:
     torch.manual_seed(0)
-    return Zoo().to(dtype)
+    return EveryKind().to(dtype)
 
 
 def batches(count: int = 2) -> list[torch.Tensor]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import layer_kinds as kinds
+import tiny
 import torch
 import torch.distributed as dist
-import zoo
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -31,7 +31,7 @@ from loraga import InitConfig
 from loraga.distributed import ranks as distributed_ranks
 from loraga.ops import reference
 
-RANK = 2 * zoo.R  # of factors that are asked for; a start takes R
+RANK = 2 * tiny.R  # of factors that are asked for; a start takes R
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -55,16 +55,16 @@ def estimate(model, loader, **kwargs):
 
 def sixteen(rank, world):
     """The same 16 batches, dealt out to the ranks."""
-    model, loader = zoo.build("llama"), zoo.batches("llama", 16, rows=1)
+    model, loader = tiny.build("llama"), tiny.batches("llama", 16, rows=1)
     factors = estimate(model, loader[rank::world])
-    gradients = zoo.exact_gradients(model, list(factors), loader) if rank == 0 else {}
-    found = {"excess": [zoo.objective_excess(g, factors[name], zoo.R) for name, g in gradients.items()]}
-    peft_model = zoo.init(model, loader[rank::world])
+    gradients = tiny.exact_gradients(model, list(factors), loader) if rank == 0 else {}
+    found = {"excess": [tiny.objective_excess(g, factors[name], tiny.R) for name, g in gradients.items()]}
+    peft_model = tiny.init(model, loader[rank::world])
     report = peft_model.loraga_report
     found["energy"] = []
     for layer in report.layers if rank == 0 else ():
         squares = torch.linalg.svdvals(gradients[layer.name]).square()
-        found["energy"].append(float(layer.captured_energy * squares.sum() / squares[: zoo.R].sum()))
+        found["energy"].append(float(layer.captured_energy * squares.sum() / squares[: tiny.R].sum()))
     found["factors"] = digest({f"{n}.{k}": t for n, f in factors.items() for k, t in vars(f).items()})
     found["adapter"] = digest(adapter(peft_model))
     found["report"] = [vars(layer) for layer in report.layers]
@@ -75,7 +75,7 @@ def sixteen(rank, world):
 
 def uneven(rank, world):
     """5, 3, no and 1 batches; the second of rank 1 is poisoned."""
-    model, loader = zoo.build("llama"), zoo.batches("llama", 9, rows=1)
+    model, loader = tiny.build("llama"), tiny.batches("llama", 9, rows=1)
     shares = [loader[:5], loader[5:8], [], loader[8:]]
 
     def loss(model, batch):
@@ -84,7 +84,7 @@ def uneven(rank, world):
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = zoo.init(zoo.build("llama"), shares[rank], loss_fn=loss).loraga_report
+        report = tiny.init(tiny.build("llama"), shares[rank], loss_fn=loss).loraga_report
         factors = estimate(model, shares[rank], loss_fn=loss)
     kept = loader[:6] + loader[7:]
     found = {
@@ -93,8 +93,8 @@ def uneven(rank, world):
         "warnings": sum("NaN or Inf" in str(w.message) for w in caught),
     }
     if rank == 0:
-        gradients = zoo.exact_gradients(model, list(factors), kept)
-        found["excess"] = [zoo.objective_excess(gradients[name], f, zoo.R) for name, f in factors.items()]
+        gradients = tiny.exact_gradients(model, list(factors), kept)
+        found["excess"] = [tiny.objective_excess(gradients[name], f, tiny.R) for name, f in factors.items()]
         found["norm"] = [float(f.S[0] / torch.linalg.svdvals(gradients[name])[0]) for name, f in factors.items()]
     return found
 
@@ -140,9 +140,9 @@ def routed(rank, world, estimator):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         factors = estimate(model, loader[rank::world], estimator=estimator)
-    gradients = zoo.exact_gradients(model, list(factors), loader)
+    gradients = tiny.exact_gradients(model, list(factors), loader)
     return {
-        "captured": [zoo.captured(gradients[name], found) for name, found in factors.items()],
+        "captured": [tiny.captured(gradients[name], found) for name, found in factors.items()],
         "norm": [float(found.S[0] / torch.linalg.svdvals(gradients[n])[0]) for n, found in factors.items()],
         "names": list(factors),
         "digest": digest({f"{n}.{k}": t for n, f in factors.items() for k, t in vars(f).items()}),
@@ -152,7 +152,7 @@ def routed(rank, world, estimator):
 
 def half(rank, world):
     """float16, where each rank scales its own loss, here over ten decades."""
-    model, loader = zoo.MLP().half(), zoo.mlp_batches(4)
+    model, loader = tiny.MLP().half(), tiny.mlp_batches(4)
     for batch in loader:
         batch["inputs"] = batch["inputs"].half()
     factors = estimate(model, loader[rank::world], loss_fn=lambda m, b: m(**b)["loss"].float() * 10.0 ** (-5 * rank))
@@ -161,7 +161,7 @@ def half(rank, world):
         index = next(i for i, other in enumerate(loader) if other is b)
         return m(b["inputs"].float(), b["labels"])["loss"] * 10.0 ** (-5 * (index % world))
 
-    gradients = zoo.exact_gradients(model.float(), list(factors), loader, weighted)
+    gradients = tiny.exact_gradients(model.float(), list(factors), loader, weighted)
     return [float(f.S[0] / torch.linalg.svdvals(gradients[name])[0]) for name, f in factors.items()]
 
 
@@ -188,9 +188,9 @@ def not_linear(rank, world, estimator):
     loader = [{"tokens": t, "dense": i % world == 0} for i, t in enumerate(tokens)]
     model, names = Conv(), ["table", "conv", "up"]
     factors = loraga.estimate_factors(model, loader[rank::world], names, 8, estimator=estimator)
-    gradients = {name: g.flatten(1) for name, g in zoo.exact_gradients(model, names, loader).items()}
+    gradients = {name: g.flatten(1) for name, g in tiny.exact_gradients(model, names, loader).items()}
     return {
-        "captured": [zoo.captured(gradients[name], factors[name]) for name in names],
+        "captured": [tiny.captured(gradients[name], factors[name]) for name in names],
         "norm": [float(factors[n].S[0] / torch.linalg.svdvals(gradients[n])[0]) for n in names],
         "digest": digest({f"{n}.{k}": t for n, f in factors.items() for k, t in vars(f).items()}),
     }
@@ -210,11 +210,11 @@ def every_kind(rank, world, start):
 
 def ordinary(rank, world):
     """Rows and layers that the gradient does not start, in an adapter that each rank drew for itself."""
-    model = get_peft_model(zoo.FewAndNone(), zoo.config(r=8))
+    model = get_peft_model(tiny.FewAndNone(), tiny.config(r=8))
     made = digest(adapter(model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loraga.fast_init(model, zoo.mlp_batches(classes=5)[rank::world], show_progress_bar=False)
+        loraga.fast_init(model, tiny.mlp_batches(classes=5)[rank::world], show_progress_bar=False)
     return {"made": made, "started": digest(adapter(model))}
 
 
@@ -264,7 +264,7 @@ def peft_flow(rank, world, folder):
     import peft
 
     loraga.apply_to_peft()
-    loader = zoo.batches("llama", 4, rows=1)
+    loader = tiny.batches("llama", 4, rows=1)
     options = {"init_lora_weights": "lora_ga", "lora_ga_config": peft.LoraGAConfig()}
     cache = Path(folder) / "gradients.pt"
 
@@ -275,8 +275,8 @@ def peft_flow(rank, world, folder):
             if fails:
                 raise OSError("bad step")
 
-        peft.preprocess_loraga(model, zoo.config(**options), step, cache_file=cache_file)
-        return get_peft_model(model, zoo.config(**options))
+        peft.preprocess_loraga(model, tiny.config(**options), step, cache_file=cache_file)
+        return get_peft_model(model, tiny.config(**options))
 
     def outcome(model, *args):
         try:
@@ -285,28 +285,28 @@ def peft_flow(rank, world, folder):
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
-    merged = start(zoo.build("llama"), loader[3 * rank : 3 + rank], cache_file=cache)
-    cached = start(zoo.build("llama"), [], cache_file=cache)
-    plain = zoo.build("llama")
-    before = zoo.everything_about(plain)
+    merged = start(tiny.build("llama"), loader[3 * rank : 3 + rank], cache_file=cache)
+    cached = start(tiny.build("llama"), [], cache_file=cache)
+    plain = tiny.build("llama")
+    before = tiny.everything_about(plain)
     found = {
         "counts": (merged.loraga_report.micro_batches, merged.loraga_report.ranks),
         "merged": digest(merged.state_dict()),
         "cached": digest(cached.state_dict()),
         "failed": outcome(plain, loader[rank::world], rank == 1),
     }
-    zoo.assert_same(before, zoo.everything_about(plain))
-    found["sharded"] = outcome(shard(zoo.build("llama")), loader)
+    tiny.assert_same(before, tiny.everything_about(plain))
+    found["sharded"] = outcome(shard(tiny.build("llama")), loader)
     loraga.restore_peft()
     if rank == 0:
         names = [layer.name for layer in merged.loraga_report.layers]
-        gradients = zoo.exact_gradients(zoo.build("llama"), names, loader)
+        gradients = tiny.exact_gradients(tiny.build("llama"), names, loader)
         found["excess"] = []
         for name, g in gradients.items():
-            A, B = zoo.pairs(merged, name)
+            A, B = tiny.pairs(merged, name)
             a, b = torch.linalg.qr(A.double().T).Q, torch.linalg.qr(B.double()).Q
             factors = SimpleNamespace(Vh=a.T, U=torch.cat((b, b), 1))
-            found["excess"].append(zoo.objective_excess(g, factors, zoo.R // 2))
+            found["excess"].append(tiny.objective_excess(g, factors, tiny.R // 2))
     return found
 
 
@@ -327,8 +327,8 @@ def failures(rank, world):
         found[name] = outcome
         found[name + " seconds"] = time.monotonic() - began
 
-    model, loader = zoo.MLP(), zoo.mlp_batches(4)
-    before = zoo.everything_about(model)
+    model, loader = tiny.MLP(), tiny.mlp_batches(4)
+    before = tiny.everything_about(model)
 
     def loading():
         yield loader[0]
@@ -341,14 +341,14 @@ def failures(rank, world):
             raise ArithmeticError("bad loss")
         return model(**batch)["loss"]
 
-    few = zoo.config(r=2)
-    attempt("loader", zoo.init, model, loading(), few)
-    attempt("loss", zoo.init, model, loader, few, loss_fn=loss)
+    few = tiny.config(r=2)
+    attempt("loader", tiny.init, model, loading(), few)
+    attempt("loss", tiny.init, model, loader, few, loss_fn=loss)
     attempt(
-        "targets", zoo.init, model, loader, zoo.config(r=2, target_modules=["layers.9" if rank == 1 else "layers.0"])
+        "targets", tiny.init, model, loader, tiny.config(r=2, target_modules=["layers.9" if rank == 1 else "layers.0"])
     )
-    attempt("rank", zoo.init, model, loader, zoo.config(r=1 if rank == 3 else 2))
-    attempt("empty", zoo.init, model, [], few)
+    attempt("rank", tiny.init, model, loader, tiny.config(r=1 if rank == 3 else 2))
+    attempt("empty", tiny.init, model, [], few)
 
     from loraga.integrations.peft import writing as _writing
 
@@ -364,14 +364,14 @@ def failures(rank, world):
 
     if rank == 2:
         _writing.fill = breaks_late
-    attempt("writing", zoo.init, model, loader, few)
+    attempt("writing", tiny.init, model, loader, few)
     _writing.fill = fill
     if rank == 0:
         loraga.estimators.Dense.merging = breaks
-    attempt("merging", zoo.init, model, loader, few)
+    attempt("merging", tiny.init, model, loader, few)
     loraga.estimators.Dense.merging = merging
-    zoo.assert_same(before, zoo.everything_about(model))
-    attempt("afterwards", zoo.init, model, loader, few)
+    tiny.assert_same(before, tiny.everything_about(model))
+    attempt("afterwards", tiny.init, model, loader, few)
     return found
 
 
@@ -388,7 +388,7 @@ def alone(rank, world):
         handler.emit = lambda record: heard.append(record.getMessage())
         logging.getLogger("loraga").addHandler(handler)
         try:
-            zoo.init(zoo.MLP(), zoo.mlp_batches(1), zoo.config(r=2))
+            tiny.init(tiny.MLP(), tiny.mlp_batches(1), tiny.config(r=2))
         except RuntimeError as error:
             return {"error": str(error), "heard": heard}
     return None
@@ -398,15 +398,15 @@ def alone(rank, world):
 
 
 def ddp(rank, world):
-    loader = zoo.mlp_batches(4)
-    wrapped = DistributedDataParallel(zoo.MLP())
+    loader = tiny.mlp_batches(4)
+    wrapped = DistributedDataParallel(tiny.MLP())
     names = list(loraga.estimate_factors(wrapped, loader[rank::world], rank=4))
     try:
-        zoo.init(wrapped, loader[rank::world], zoo.config(r=2))
+        tiny.init(wrapped, loader[rank::world], tiny.config(r=2))
         refused = ""
     except ValueError as error:
         refused = str(error)
-    peft_model = get_peft_model(zoo.MLP(), zoo.config(r=2))
+    peft_model = get_peft_model(tiny.MLP(), tiny.config(r=2))
     wrapped = DistributedDataParallel(peft_model)
     train(wrapped, loader[rank::world], 1)
     same = loraga.fast_init(wrapped, loader[rank::world], show_progress_bar=False) is peft_model
@@ -449,19 +449,19 @@ def shard(model):
 
 def whole(rank, world, start):
     """What the sharded runs are held against: one process, all batches."""
-    model = zoo.init(zoo.build("llama"), zoo.batches("llama", 4, rows=2), init=InitConfig(start=start, **EXACT))
+    model = tiny.init(tiny.build("llama"), tiny.batches("llama", 4, rows=2), init=InitConfig(start=start, **EXACT))
     started = {name: value.clone() for name, value in adapter(model).items()}
-    return {"start": started, "losses": train(model, zoo.batches("llama", 4, rows=2), 3)}
+    return {"start": started, "losses": train(model, tiny.batches("llama", 4, rows=2), 3)}
 
 
 def sharded(rank, world, start, order, folder):
     """Initialise before or after fully_shard, save as accelerate does, train, load."""
-    loader = zoo.batches("llama", 4, rows=2)
+    loader = tiny.batches("llama", 4, rows=2)
     options = {"init": InitConfig(start=start, **EXACT)}
     if order == "before":
-        model = shard(zoo.init(zoo.build("llama"), loader[rank::world], **options))
+        model = shard(tiny.init(tiny.build("llama"), loader[rank::world], **options))
     else:
-        model = shard(get_peft_model(zoo.build("llama"), zoo.config()))
+        model = shard(get_peft_model(tiny.build("llama"), tiny.config()))
         with torch.no_grad():
             model(**loader[0])  # leaves what the outermost module holds gathered
         loraga.fast_init(model, loader[rank::world], show_progress_bar=False, **options)
@@ -505,7 +505,7 @@ class Largest(TorchDispatchMode):
 
 def memory(rank, world):
     """The largest tensor of an initialisation and of a training step, of the same sharded model."""
-    model, loader = shard(get_peft_model(zoo.build("llama"), zoo.config())), zoo.batches("llama", 4, rows=2)
+    model, loader = shard(get_peft_model(tiny.build("llama"), tiny.config())), tiny.batches("llama", 4, rows=2)
     with Largest() as step:
         train(model, loader, 1)
     with Largest() as start:
@@ -516,7 +516,7 @@ def memory(rank, world):
 
 def refusals(rank, world):
     """What cannot be done with a sharded model, and that nothing is left behind."""
-    loader = zoo.batches("llama", 2, rows=1)
+    loader = tiny.batches("llama", 2, rows=1)
     found = {}
 
     def attempt(name, call, *args, **kwargs):
@@ -526,14 +526,14 @@ def refusals(rank, world):
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
 
-    plain = shard(zoo.build("llama"))
-    attempt("plain", zoo.init, plain, loader)
+    plain = shard(tiny.build("llama"))
+    attempt("plain", tiny.init, plain, loader)
     # tapping a plain sharded model works
-    whole = estimate(zoo.build("llama"), loader)
+    whole = estimate(tiny.build("llama"), loader)
     cut = estimate(plain, loader)
     found["factors"] = max(float((whole[name].U - cut[name].U).abs().max()) for name in whole)
 
-    model = shard(get_peft_model(zoo.build("llama"), zoo.config()))
+    model = shard(get_peft_model(tiny.build("llama"), tiny.config()))
     fast = {"show_progress_bar": False}
     attempt("weights", loraga.fast_init, model, loader, init=InitConfig(scale="weight-svd"), **fast)
     attempt("uneven", loraga.fast_init, model, loader[: 1 + rank], **fast)
@@ -546,20 +546,20 @@ def refusals(rank, world):
     found["kinds"] = {type(p).__name__ for p in model.parameters()}
     attempt("export", loraga.export_adapter, model, "nowhere")
     attempt(
-        "dora", loraga.fast_init, shard(get_peft_model(zoo.build("llama"), zoo.config(use_dora=True))), loader, **fast
+        "dora", loraga.fast_init, shard(get_peft_model(tiny.build("llama"), tiny.config(use_dora=True))), loader, **fast
     )
-    early = shard(zoo.init(zoo.build("llama"), loader))
+    early = shard(tiny.init(tiny.build("llama"), loader))
     attempt("again", loraga.fast_init, early, loader, **fast)
     attempt("after all", loraga.fast_init, model, loader, **fast)
     attempt("anew", loraga.fast_init, model, loader, **fast)
     train(model, loader, 1)
 
-    parallel = zoo.build("llama")
+    parallel = tiny.build("llama")
     plan = {"up_proj": ColwiseParallel(), "gate_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
     mesh = init_device_mesh("cpu", (world,))
     parallelize_module(parallel, mesh, {f"model.layers.0.mlp.{name}": style for name, style in plan.items()})
     attempt("columns", estimate, parallel, loader, target_modules=["gate_proj"])
-    attempt("rows", zoo.init, parallel, loader, zoo.config(target_modules=["down_proj"]))
+    attempt("rows", tiny.init, parallel, loader, tiny.config(target_modules=["down_proj"]))
     beside = estimate(parallel, loader, target_modules=["q_proj"])
     found["beside"] = max(
         float((whole[name].S - factors.S).abs().max() / whole[name].S[0]) for name, factors in beside.items()
@@ -569,7 +569,7 @@ def refusals(rank, world):
 
 def cut_short(rank, world):
     """Rank 1 fails inside its forward, while rank 0 waits there for its part of the weights; then its process ends."""
-    model, loader = shard(get_peft_model(zoo.build("llama"), zoo.config())), zoo.batches("llama", 2, rows=1)
+    model, loader = shard(get_peft_model(tiny.build("llama"), tiny.config())), tiny.batches("llama", 2, rows=1)
 
     def fail(*args):
         raise OSError("amid the forward")
@@ -588,7 +588,7 @@ def cut_short(rank, world):
 def killed(rank, world, moment):
     """Rank 1 is killed, and rank 0 left with whom it waits for."""
     dist.distributed_c10d._get_default_store().set_timeout(datetime.timedelta(seconds=5))
-    model, loader = zoo.MLP(), zoo.mlp_batches(3)
+    model, loader = tiny.MLP(), tiny.mlp_batches(3)
 
     def die(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -602,11 +602,11 @@ def killed(rank, world, moment):
         loader = Interrupted(loader)
     elif rank == 1:
         dist.all_reduce = die
-    before = zoo.everything_about(model)
+    before = tiny.everything_about(model)
     try:
-        zoo.init(model, loader)
+        tiny.init(model, loader)
         outcome = "nothing"
     except Exception as error:
         outcome = f"{type(error).__name__}: {error}"
-    zoo.assert_same(before, zoo.everything_about(model))
+    tiny.assert_same(before, tiny.everything_about(model))
     return outcome

@@ -30,7 +30,7 @@ def launch(jobs: dict[str, tuple], directory: Path, limit: float = 400.0) -> dic
     os.environ["PYTHONPATH"] = os.pathsep.join([here, root, os.environ.get("PYTHONPATH", "")])
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks", "zoo"])
+    context.set_forkserver_preload(["ranks", "tiny"])
     size = max(world for _, world, *_ in jobs.values())
     ranks = [context.Process(target=_work, args=(rank, jobs, directory), daemon=True) for rank in range(size)]
     for process in ranks:

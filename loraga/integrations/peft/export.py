@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Set
 from itertools import accumulate
 from pathlib import Path
 
@@ -171,8 +172,8 @@ class _Layout:
         self.config.r, self.config.lora_alpha = rank, _whole(self.scaling * rank)
         ranks = {name: own for name, (own, _) in layers.items() if own != rank}
         alphas = {name: _whole(own * s) for name, (own, s) in layers.items() if own * s != rank * self.scaling}
-        self.config.rank_pattern = {_pattern(name, layers): own for name, own in ranks.items()}
-        self.config.alpha_pattern = {_pattern(name, layers): alpha for name, alpha in alphas.items()}
+        self.config.rank_pattern = {_pattern(name, layers.keys()): own for name, own in ranks.items()}
+        self.config.alpha_pattern = {_pattern(name, layers.keys()): alpha for name, alpha in alphas.items()}
 
 
 def _scaling_of(config: LoraConfig) -> float:
@@ -185,10 +186,14 @@ def _whole(alpha: float) -> float:
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * abs(alpha) else alpha
 
 
-def _pattern(name: str, names: Collection[str]) -> str:
-    """A key of `rank_pattern` that matches this layer only. For PEFT a key matches the end of a name, from a dot on."""
-    alone = not any(other.endswith(f".{name}") for other in names)
-    return name if alone else f"^{name}"
+def _pattern(name: str, names: Set[str]) -> str:
+    """A key of `rank_pattern` that matches this layer only.
+
+    PEFT takes a key for a regular expression that matches the end of a name, from a dot on. A plain name is what most
+    readers of adapters understand, so it is escaped and tied to the beginning only where it would match another layer.
+    """
+    alone = re.fullmatch(name, name) and not any(re.match(rf"(.*\.)?({name})$", other) for other in names - {name})
+    return name if alone else f"^{re.escape(name)}"
 
 
 def _share(budget: int, updates: list[_Update]) -> None:

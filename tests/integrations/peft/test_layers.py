@@ -14,9 +14,9 @@ from layer_kinds import KINDS, OLD_PEFT, STRAIGHT, TOKENS, WIDTH, Experts, R, ba
 from memory import LiveBytes
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
+from tiny import STARTS, assert_plain, assert_same, everything_about
 from torch import nn
 from torch.nn.functional import cross_entropy
-from zoo import STARTS, assert_plain, assert_same, everything_about
 
 import loraga
 from loraga.capture.weight_gradients import WeightGradient

@@ -12,8 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain import bits, close, output, same, trained
 from safetensors.torch import load_file
-from torch import nn
-from zoo import (
+from tiny import (
     MLP,
     STARTS,
     R,
@@ -27,6 +26,7 @@ from zoo import (
     matrices,
     mlp_batches,
 )
+from torch import nn
 
 import loraga
 from loraga import InitConfig

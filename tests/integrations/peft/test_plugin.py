@@ -19,10 +19,7 @@ from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from plain import bits, close, output, same, trained
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
-from zoo import (
+from tiny import (
     MLP,
     R,
     assert_plain,
@@ -39,6 +36,9 @@ from zoo import (
     objective_excess,
     pairs,
 )
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 import loraga
 from loraga.integrations.peft import plugin

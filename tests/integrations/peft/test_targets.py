@@ -21,6 +21,7 @@ from adapters import (
 )
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from loraga.integrations import peft as integration
 
@@ -258,3 +259,17 @@ def test_snapshot_restores_a_plain_model(kind):
     handle_since.remove()
     assert not model._forward_hooks
     close(output(started(model, "mirror"), inputs(kind)), output(base_model(kind), inputs(kind)))
+
+
+class UnknownLinear(nn.Linear):
+    """Of another library: it may compute anything with its weight."""
+
+
+@pytest.mark.parametrize("side", ["lora_A", "lora_B"])
+def test_an_adapter_made_of_unknown_modules_is_not_started(side):
+    peft_model = started(base_model("mlp"), "plain")
+    layer = peft_model.base_model.model.up
+    getattr(layer, side)["default"].__class__ = UnknownLinear
+    slots, unsupported = integration.find_slots(peft_model, "default")
+    assert [slot.name for slot in slots] == ["down", "head"]
+    assert unsupported == {"up": "its adapter is made of UnknownLinear"}

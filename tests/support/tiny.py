@@ -99,7 +99,7 @@ def _image(rows: int, generator: torch.Generator, classes: int) -> dict[str, Ten
     }
 
 
-_ZOO = {
+_MODELS = {
     "llama": (_llama, _text("causal")),
     "qwen2": (lambda: _llama("Qwen2"), _text("causal")),
     "gpt2": (_gpt2, _text("causal")),
@@ -107,19 +107,19 @@ _ZOO = {
     "bert": (_bert, _text("class")),
     "vit": (_vit, _image),
 }
-ARCHITECTURES = tuple(_ZOO)
+ARCHITECTURES = tuple(_MODELS)
 
 
 def build(name: str, seed: int = 0, **kwargs) -> nn.Module:
     """The model in eval mode, the same weights for the same seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _ZOO[name][0](**kwargs).eval()
+        return _MODELS[name][0](**kwargs).eval()
 
 
 def batches(name: str, count: int = 4, rows: int = 6, seed: int = 1, classes: int = CLASSES) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [_ZOO[name][1](rows, generator, classes) for _ in range(count)]
+    return [_MODELS[name][1](rows, generator, classes) for _ in range(count)]
 
 
 class MLP(nn.Module):
