@@ -226,13 +226,13 @@ def test_a_dying_worker_of_the_loader(tmp_path):
         before = everything_about(model)
         try:
             init(model, DataLoader(Dying(), batch_size=1, num_workers=1))
-        except (RuntimeError, ConnectionError) as error:  # the second where the worker dies with a batch on its way
-            (tmp_path / "error").write_text(str(error))
+        except (RuntimeError, OSError, EOFError) as error:  # the others where the worker dies with a batch on its way
+            (tmp_path / "error").write_text(f"{type(error).__name__}: {error}")
         assert_same(everything_about(model), before)
         (tmp_path / "same").touch()
         os._exit(0)
 
     assert in_child(look) == 0
-    said = (tmp_path / "error").read_text()
-    assert "exited unexpectedly" in said or "Connection reset" in said
+    message = (tmp_path / "error").read_text()
+    assert "exited unexpectedly" in message or message.startswith(("Connection", "EOFError", "OSError"))
     assert (tmp_path / "same").exists()
