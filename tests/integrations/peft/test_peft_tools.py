@@ -329,22 +329,6 @@ def test_gradient_checkpointing(start, reentrant):
             close(gradients[1][name], gradient, 1e-5)
 
 
-@every_start
-def test_distributed_data_parallel(start, tmp_path):
-    from torch import distributed
-    from torch.nn.parallel import DistributedDataParallel
-
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        peft_model = started(base_model("mlp"), start).train()
-        wrapped = DistributedDataParallel(peft_model)
-        for _ in range(2):
-            wrapped(inputs("mlp")).square().sum().backward()
-    finally:
-        distributed.destroy_process_group()
-    assert all(p.grad is not None for p in peft_model.parameters() if p.requires_grad)
-
-
 def loraplus(peft_model: PeftModel) -> torch.optim.Optimizer:
     return create_loraplus_optimizer(peft_model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4.0)
 
