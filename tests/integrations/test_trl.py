@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from adapters import weights_of_base
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -152,12 +153,6 @@ def adapter(model) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items() if ".default." in name}
 
 
-def base_weights(model) -> dict[str, torch.Tensor]:
-    """Of a model with adapters, under the names that they have without."""
-    weights = {name: value for name, value in model.state_dict().items() if "lora_" not in name}
-    return {name.removeprefix("base_model.model.").replace(".base_layer", ""): v for name, v in weights.items()}
-
-
 def largest(tensors) -> float:
     return max(float(value.abs().max()) for value in tensors)
 
@@ -216,7 +211,7 @@ def test_training_moves_a_and_b_and_nothing_else(run):
     for name, value in run.first["adapter"].items():
         assert largest([after[name] - value]) > MOVED, name
     assert largest([logits(run.model) - run.first["logits"]]) > MOVED
-    weights = base_weights(run.model)
+    weights = weights_of_base(run.model)
     for name, value in base().state_dict().items():
         assert torch.equal(weights[name], value), name
 

@@ -142,12 +142,9 @@ def _ordinary(slot: AdapterSlot, seed: int, gaussian: bool) -> Start:
 
 def _remember(slots: list[AdapterSlot], adapter_name: str) -> tuple[Callable[[], None], ...]:
     """Functions that put these layers back, to be called in this order."""
-    modules: list[nn.Module] = []
-    for slot in slots:
-        magnitude = _magnitude(slot, adapter_name)
-        modules += [slot.layer, slot.lora_A, slot.lora_B, *([] if magnitude is None else [magnitude])]
     holders = [module for slot in slots for module in (slot.lora_A, slot.lora_B)]
     magnitudes = [m for slot in slots if (m := _magnitude(slot, adapter_name)) is not None]
+    modules = [*(slot.layer for slot in slots), *holders, *magnitudes]
     values = [parameter for module in (*holders, *magnitudes) for parameter in module.parameters()]
     # the values come last: the modules must have their old parameters again before numbers are written into them
     return remember_modules(modules), remember_values(values)
