@@ -36,6 +36,19 @@ GradientProblem gradient_problem(std::uintptr_t sum, std::uintptr_t gradient, st
     return problem;
 }
 
+template <class Real>
+void bind_cholesky(py::module_& m, const char* name) {
+    using Problem = CholeskyProblem<Real>;
+    py::class_<Problem>(m, name).def(
+        py::init([](std::uintptr_t gram, std::uintptr_t inverse, std::uintptr_t status, std::int64_t batch, int k,
+                    double shift) {
+            return Problem{pointer<const Real>(gram), pointer<Real>(inverse), pointer<std::int32_t>(status), batch, k,
+                           shift};
+        }),
+        py::kw_only(), py::arg("gram"), py::arg("inverse"), py::arg("status"), py::arg("batch"), py::arg("k"),
+        py::arg("shift"));
+}
+
 py::dict build_info() {
     py::dict info;
     info["version"] = LORAGA_VERSION;
@@ -74,18 +87,9 @@ PYBIND11_MODULE(_C, m) {
              py::arg("batch"), py::arg("k"));
     m.attr("JACOBI_MAX_K") = kJacobiMaxK;
 
-    py::class_<CholeskyProblem>(m, "CholeskyProblem")
-        .def(py::init([](std::uintptr_t gram, std::uintptr_t inverse, std::uintptr_t status, std::int64_t batch, int k,
-                         double shift) {
-                 return CholeskyProblem{pointer<const double>(gram),
-                                        pointer<double>(inverse),
-                                        pointer<std::int32_t>(status),
-                                        batch,
-                                        k,
-                                        shift};
-             }),
-             py::kw_only(), py::arg("gram"), py::arg("inverse"), py::arg("status"), py::arg("batch"), py::arg("k"),
-             py::arg("shift"));
+    bind_cholesky<float>(m, "CholeskyProblemFloat32");
+    bind_cholesky<double>(m, "CholeskyProblemFloat64");
+    m.attr("CholeskyProblem") = m.attr("CholeskyProblemFloat64");
     m.attr("CHOLESKY_MAX_K") = kCholeskyMaxK;
 
     py::enum_<Element>(m, "Element")
@@ -98,7 +102,9 @@ PYBIND11_MODULE(_C, m) {
              py::arg("finite_is_given"));
 
     py::module_ cpu = m.def_submodule("cpu");
-    cpu.def("cholesky_inverse", &loraga::cpu::cholesky_inverse, py::arg("problem"),
+    cpu.def("cholesky_inverse", &loraga::cpu::cholesky_inverse<float>, py::arg("problem"),
+            py::call_guard<py::gil_scoped_release>());
+    cpu.def("cholesky_inverse", &loraga::cpu::cholesky_inverse<double>, py::arg("problem"),
             py::call_guard<py::gil_scoped_release>());
     cpu.def(
         "fill_uniform",
@@ -124,7 +130,9 @@ PYBIND11_MODULE(_C, m) {
              }),
              py::kw_only(), py::arg("device"), py::arg("stream"));
     cuda.def("check_device", &loraga::cuda::check_device, py::arg("device"), py::call_guard<py::gil_scoped_release>());
-    cuda.def("cholesky_inverse", &loraga::cuda::cholesky_inverse, py::arg("problem"), py::arg("target"),
+    cuda.def("cholesky_inverse", &loraga::cuda::cholesky_inverse<float>, py::arg("problem"), py::arg("target"),
+             py::call_guard<py::gil_scoped_release>());
+    cuda.def("cholesky_inverse", &loraga::cuda::cholesky_inverse<double>, py::arg("problem"), py::arg("target"),
              py::call_guard<py::gil_scoped_release>());
     cuda.def("gradient_add", &loraga::cuda::gradient_add, py::arg("problem"), py::arg("target"),
              py::call_guard<py::gil_scoped_release>());

@@ -115,16 +115,18 @@ def build_info() -> dict[str, Any]:
     return {**core.build_info(), "functions": " ".join(functions)}
 
 
-def _check_batch(name: str, batch: torch.Tensor, dtype: torch.dtype, largest_k: int, beyond: str) -> None:
-    """Raise unless `batch` is a contiguous (batch, k, k) of `dtype` with k <= `largest_k`; `beyond` has no such limit.
+def _check_batch(
+    name: str, batch: torch.Tensor, dtypes: tuple[torch.dtype, ...], largest_k: int, beyond: str
+) -> None:
+    """Raise unless `batch` is a contiguous (batch, k, k) of one of `dtypes` with k <= `largest_k`.
 
-    The error messages call the tensor `name`.
+    The error messages call the tensor `name`, and name `beyond` for larger k.
     """
     if not isinstance(batch, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(batch).__name__}.")
-    if batch.dtype != dtype:
-        wanted = str(dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must be {wanted}, not {batch.dtype}; convert it with {name}.to({dtype}).")
+    if batch.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {wanted}, not {batch.dtype}; convert it with {name}.to({dtypes[0]}).")
     if batch.ndim != 3 or batch.shape[1] != batch.shape[2]:
         raise ValueError(f"{name} must have the shape (batch, k, k), not {tuple(batch.shape)}.")
     if not 1 <= batch.shape[1] <= largest_k:
@@ -171,7 +173,7 @@ def jacobi_svd(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         RuntimeError: the native core is not available there (see `why_unavailable`), or a CUDA call failed.
     """
     native = _core()
-    _check_batch("core", core, torch.float32, native.JACOBI_MAX_K, "torch.linalg.svd")
+    _check_batch("core", core, (torch.float32,), native.JACOBI_MAX_K, "torch.linalg.svd")
     functions, target = _functions_for(native, "core", core.device)
     batch, k = core.shape[:2]
     u, vh = torch.empty_like(core), torch.empty_like(core)
@@ -196,31 +198,33 @@ def jacobi_svd(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def cholesky_inverse(gram: torch.Tensor, shift: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverses of the Cholesky factors of many small Gram matrices in one call.
 
-    inverse[i] = L^-1 with L Lᵀ = gram[i] + shift · trace(gram[i]) · I and L lower triangular, in float64 and a fixed
-    order: the same input gives the same bits on the same device. On a CUDA device it is one launch on the current
-    stream, and the host does not wait for it. Only the lower triangles are read. Autograd records nothing.
+    inverse[i] = L^-1 with L Lᵀ = gram[i] + shift · trace(gram[i]) · I and L lower triangular, in the dtype of `gram`
+    and a fixed order: the same input gives the same bits on the same device. On a CUDA device it is one launch on the
+    current stream, and the host does not wait for it. Only the lower triangles are read. Autograd records nothing.
 
     Args:
-        gram (`torch.Tensor`): (batch, k, k), float64, contiguous, k from 1 to 256, on a CPU or CUDA device.
+        gram (`torch.Tensor`): (batch, k, k), float64 or float32, contiguous, k from 1 to 256, on a CPU or CUDA
+            device.
         shift (`float`, *optional*): added to the diagonal, as a share of the trace.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: inverse (batch, k, k), float64, zero above the diagonal, and status
-        (batch,), int32: 0 good, else the order of the first leading minor that is not positive (or not finite). All
-        entries of that inverse are NaN then. Both on the device of `gram`.
+        `tuple[torch.Tensor, torch.Tensor]`: inverse (batch, k, k), in the dtype of `gram`, zero above the diagonal, and
+        status (batch,), int32: 0 good, else the order of the first leading minor that is not positive (or not finite).
+        All entries of that inverse are NaN then. Both on the device of `gram`.
 
     Raises:
-        TypeError: `gram` is not a float64 tensor.
+        TypeError: `gram` is not a float64 or float32 tensor.
         ValueError: shape, size, strides or device of `gram` do not fit, or `shift` is negative or not finite.
         RuntimeError: the native core is not available there (see `why_unavailable`), or a CUDA call failed.
     """
     native = _core()
-    _check_batch("gram", gram, torch.float64, native.CHOLESKY_MAX_K, "torch.linalg.cholesky_ex")
+    problems = {torch.float64: native.CholeskyProblemFloat64, torch.float32: native.CholeskyProblemFloat32}
+    _check_batch("gram", gram, tuple(problems), native.CHOLESKY_MAX_K, "torch.linalg.cholesky_ex")
     functions, target = _functions_for(native, "gram", gram.device)
     batch, k = gram.shape[:2]
     inverse = torch.empty_like(gram)
     status = torch.empty(batch, dtype=torch.int32, device=gram.device)
-    problem = native.CholeskyProblem(
+    problem = problems[gram.dtype](
         gram=gram.data_ptr(), inverse=inverse.data_ptr(), status=status.data_ptr(), batch=batch, k=k, shift=shift
     )
     functions.cholesky_inverse(problem, *target)

@@ -1,4 +1,4 @@
-"""The native Cholesky inverse against float64 LAPACK and, where that is not enough, in longer arithmetic."""
+"""The native Cholesky inverse in float64 and float32 against its definition and LAPACK."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if not native_core.available():
     pytest.skip(f"needs the native core: {native_core.why_unavailable()}", allow_module_level=True)
 
 DEVICES = ["cpu"] + (["cuda"] if native_core.available("cuda") else [])
+DTYPES = [torch.float64, torch.float32]
 EPSILON = torch.finfo(torch.float64).eps
 
 
@@ -28,38 +29,49 @@ def gram(k: int, condition: float = 10.0, scale: float = 1.0, seed: int = 0, clu
 
 
 def check(matrices: torch.Tensor, inverse: torch.Tensor, status: torch.Tensor, shift: float = 0.0) -> None:
-    """X is lower triangular and X (gram + shift · trace) Xᵀ = 1 to what a backward stable method leaves.
+    """X is lower triangular and X (gram + shift · trace) Xᵀ = 1 to what a backward stable method in its dtype leaves.
 
     A computed L has L Lᵀ = gram + E with |E| ≤ about k · eps · |gram| (Higham, 2002, theorem 10.3), which X turns into
     k · eps · condition.
     """
-    matrices, inverse = matrices.double().cpu(), inverse.cpu()
+    assert inverse.dtype == matrices.dtype
+    epsilon = torch.finfo(inverse.dtype).eps
+    matrices, inverse = matrices.double().cpu(), inverse.double().cpu()
     k = matrices.shape[-1]
     assert status.tolist() == [0] * len(matrices)
     assert torch.equal(inverse, inverse.tril()) and (inverse.diagonal(dim1=-2, dim2=-1) > 0).all()
     trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     shifted = matrices + shift * trace * torch.eye(k, dtype=torch.float64)
     values = torch.linalg.eigvalsh(shifted / trace)
-    condition = values[:, -1] / values[:, 0].clamp_min(EPSILON / 10)
+    condition = values[:, -1] / values[:, 0].clamp_min(epsilon / 10)
     residual = inverse @ shifted @ inverse.mT - torch.eye(k, dtype=torch.float64)
-    assert (residual.abs().amax(dim=(-2, -1)) <= 4 * k * EPSILON * condition).all()
+    assert (residual.abs().amax(dim=(-2, -1)) <= 4 * k * epsilon * condition).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("k", [1, 2, 3, 17, 32, 80, 129, 256])
-@pytest.mark.parametrize("condition", [1.0, 1e3, 1e8, 1e12])
-def test_against_the_definition(k, condition, device):
-    matrices = torch.stack([gram(k, condition), gram(k, condition, clusters=2), gram(k, condition, seed=1)]).to(device)
+@pytest.mark.parametrize(
+    ("dtype", "condition"),
+    [*((torch.float64, condition) for condition in (1.0, 1e3, 1e8, 1e12)), (torch.float32, 1.0), (torch.float32, 1e3)],
+)
+def test_against_the_definition(k, dtype, condition, device):
+    matrices = torch.stack([gram(k, condition), gram(k, condition, clusters=2), gram(k, condition, seed=1)])
+    matrices = matrices.to(device, dtype)
     check(matrices, *native_core.cholesky_inverse(matrices))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
-def test_scale_goes_through(scale, device):
-    plain = gram(33)[None].to(device)
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [*((torch.float64, 10.0**n) for n in (-300, -30, 30, 300)), (torch.float32, 1e-30), (torch.float32, 1e30)],
+)
+def test_scale_goes_through(dtype, scale, device):
+    plain = gram(33)[None].to(device, dtype)
     inverse, status = native_core.cholesky_inverse(plain * scale)
     assert status.tolist() == [0]
-    assert torch.allclose(inverse * scale**0.5, native_core.cholesky_inverse(plain)[0], rtol=1e-12)
+    expected = native_core.cholesky_inverse(plain)[0]
+    epsilon = torch.finfo(dtype).eps
+    assert torch.allclose(inverse * scale**0.5, expected, rtol=1e4 * epsilon, atol=1e2 * epsilon)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -80,9 +92,10 @@ def test_as_close_as_lapack(k, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [0, 1, 300])
-def test_batches_equal_single_calls(batch, device):
-    matrices = torch.stack([gram(6, seed=i) for i in range(batch)] or [gram(6)])[:batch].to(device)
+def test_batches_equal_single_calls(batch, dtype, device):
+    matrices = torch.stack([gram(6, seed=i) for i in range(batch)] or [gram(6)])[:batch].to(device, dtype)
     inverse, status = native_core.cholesky_inverse(matrices)
     assert inverse.shape == (batch, 6, 6) and status.shape == (batch,) and status.dtype == torch.int32
     if batch:
@@ -92,14 +105,15 @@ def test_batches_equal_single_calls(batch, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_status_is_the_order_of_the_first_bad_minor_and_the_inverse_is_nan(device):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_status_is_the_order_of_the_first_bad_minor_and_the_inverse_is_nan(dtype, device):
     good, zero = gram(7), torch.zeros(7, 7, dtype=torch.float64)
     rank_one = torch.ones(7, 7, dtype=torch.float64)
     negative, infinite, nan = gram(7), gram(7), gram(7)
     negative[4, 4] = -1.0
     infinite[6, 2] = torch.inf
     nan[3, 1] = torch.nan
-    matrices = torch.stack([good, zero, rank_one, negative, infinite, nan, good]).to(device)
+    matrices = torch.stack([good, zero, rank_one, negative, infinite, nan, good]).to(device, dtype)
     inverse, status = native_core.cholesky_inverse(matrices)
     assert status.tolist() == [0, 1, 2, 5, 7, 4, 0]
     bad = (status != 0).cpu()
@@ -108,16 +122,18 @@ def test_status_is_the_order_of_the_first_bad_minor_and_the_inverse_is_nan(devic
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_shift_makes_a_singular_matrix_usable(device):
+@pytest.mark.parametrize(("dtype", "shift"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_a_shift_makes_a_singular_matrix_usable(dtype, shift, device):
     for k in (5, 80):
-        matrices = torch.ones(1, k, k, dtype=torch.float64, device=device)
-        inverse, status = native_core.cholesky_inverse(matrices, 1e-10)
-        check(matrices, inverse, status, shift=1e-10)
+        matrices = torch.ones(1, k, k, dtype=dtype, device=device)
+        inverse, status = native_core.cholesky_inverse(matrices, shift)
+        check(matrices, inverse, status, shift)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_only_the_lower_triangle_is_read(device):
-    matrices = gram(20)[None].to(device)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_the_lower_triangle_is_read(dtype, device):
+    matrices = gram(20)[None].to(device, dtype)
     spoilt = matrices.tril() + torch.full_like(matrices, torch.nan).triu(1)
     assert torch.equal(native_core.cholesky_inverse(spoilt)[0], native_core.cholesky_inverse(matrices)[0])
 
@@ -143,8 +159,9 @@ def test_any_positive_definite_matrix(k, batch, decades, exponent, clusters, shi
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_same_bits_again(device):
-    matrices = torch.stack([gram(50, 1e6, seed=i) for i in range(4)]).to(device)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_again(dtype, device):
+    matrices = torch.stack([gram(50, 1e4, seed=i) for i in range(4)]).to(device, dtype)
     assert torch.equal(
         native_core.cholesky_inverse(matrices, 1e-15)[0], native_core.cholesky_inverse(matrices, 1e-15)[0]
     )
@@ -169,7 +186,7 @@ def test_runs_on_the_current_stream_without_waiting():
     ("matrices", "shift", "error", "says"),
     [
         ([[1.0]], 0.0, TypeError, "torch.Tensor, not list"),
-        (torch.ones(1, 2, 2), 0.0, TypeError, "float64, not torch.float32"),
+        (torch.ones(1, 2, 2).half(), 0.0, TypeError, "float64 or float32, not torch.float16.*torch.float64"),
         (torch.ones(2, 2).double(), 0.0, ValueError, r"\(batch, k, k\), not \(2, 2\)"),
         (torch.ones(1, 2, 3).double(), 0.0, ValueError, r"\(batch, k, k\), not \(1, 2, 3\)"),
         (torch.ones(1, 257, 257).double(), 0.0, ValueError, "k = 257; allowed are 1 to 256"),

@@ -13,23 +13,28 @@ namespace loraga {
 constexpr int kCholeskyMaxK = 256;
 
 // inverse = L^-1 with L L' = gram + shift * trace(gram) * I, L lower triangular with a positive diagonal.
-// All arrays are dense and row-major; the output must not overlap the input.
+// All arrays are dense and row-major; the output must not overlap the input. Real is float or double, and so is all
+// arithmetic.
+template <class Real>
 struct CholeskyProblem {
-    const double* gram;    // (batch, k, k), symmetric; only the lower triangle is read
-    double* inverse;       // (batch, k, k), zero above the diagonal; all NaN where the status is not 0
+    const Real* gram;      // (batch, k, k), symmetric; only the lower triangle is read
+    Real* inverse;         // (batch, k, k), zero above the diagonal; all NaN where the status is not 0
     std::int32_t* status;  // (batch,), 0 or the order of the first leading minor that is not positive and finite
     std::int64_t batch;
     int k;         // 1 .. kCholeskyMaxK
     double shift;  // finite, at least 0
 };
 
+// Both for float and double.
 namespace cpu {
-void cholesky_inverse(const CholeskyProblem& problem);
-}
+template <class Real>
+void cholesky_inverse(const CholeskyProblem<Real>& problem);
+}  // namespace cpu
 
 namespace cuda {
 // Queued on the stream; the host does not wait.
-void cholesky_inverse(const CholeskyProblem& problem, Target target);
+template <class Real>
+void cholesky_inverse(const CholeskyProblem<Real>& problem, Target target);
 }  // namespace cuda
 
 }  // namespace loraga

@@ -20,19 +20,25 @@
 namespace loraga {
 
 // The lower triangle of a k x k matrix: packed row after row, or as a part of the whole matrix.
+template <class Real>
 struct Triangle {
-    double* data;
+    Real* data;
     int k;
     bool packed;
 
-    LORAGA_HOST_DEVICE_MEMBER double* row(int i) const { return data + (packed ? i * (i + 1) / 2 : i * k); }
+    LORAGA_HOST_DEVICE_MEMBER Real* row(int i) const { return data + (packed ? i * (i + 1) / 2 : i * k); }
 };
 
+LORAGA_HOST_DEVICE bool is_pivot(float value) { return value > 0.0f && value <= FLT_MAX; }
 LORAGA_HOST_DEVICE bool is_pivot(double value) { return value > 0.0 && value <= DBL_MAX; }
 
-LORAGA_HOST_DEVICE double eliminated(double value, double factor, double w) { return value - factor * w; }
+template <class Real>
+LORAGA_HOST_DEVICE Real eliminated(Real value, Real factor, Real w) {
+    return value - factor * w;
+}
 
-inline void check_cholesky_call(const CholeskyProblem& problem) {
+template <class Real>
+void check_cholesky_call(const CholeskyProblem<Real>& problem) {
     LORAGA_REQUIRE(problem.batch >= 0, "batch is " << problem.batch);
     LORAGA_REQUIRE(problem.k >= 1 && problem.k <= kCholeskyMaxK,
                    "k is " << problem.k << ", allowed are 1 to " << kCholeskyMaxK);

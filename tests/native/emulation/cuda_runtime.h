@@ -109,3 +109,4 @@ void run_block(int threads, const Body& body) {
 
 using std::isfinite;
 using std::min;
+using std::sqrt;
