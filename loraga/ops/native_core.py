@@ -115,9 +115,7 @@ def build_info() -> dict[str, Any]:
     return {**core.build_info(), "functions": " ".join(functions)}
 
 
-def _check_batch(
-    name: str, batch: torch.Tensor, dtypes: tuple[torch.dtype, ...], largest_k: int, beyond: str
-) -> None:
+def _check_batch(name: str, batch: torch.Tensor, dtypes: tuple[torch.dtype, ...], largest_k: int, beyond: str) -> None:
     """Raise unless `batch` is a contiguous (batch, k, k) of one of `dtypes` with k <= `largest_k`.
 
     The error messages call the tensor `name`, and name `beyond` for larger k.
