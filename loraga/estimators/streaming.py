@@ -11,6 +11,9 @@ G_t = dYᵀ X. One step of subspace iteration on Q Z + G_t adds it; the step sta
 
 Incremental SVD (Brand, 2006) also updates a truncated factorization in place. The range finder is algorithm 4.4 of
 Halko, Martinsson, Tropp (2011), in which G is applied as a product of two matrices.
+
+Layers of one shape share memory, so that several of them are updated together: four products per layer, and everything
+else once for all (`Streaming.absorb`).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor
 from loraga.estimators.base import LayerSpec, stacked
 from loraga.factors import Factors
 from loraga.linalg import test_matrix
+from loraga.linalg.products import left_products, right_products
 from loraga.linalg.svd import factorize, in_sixteens
 from loraga.ops import declared
 
@@ -48,9 +52,29 @@ def power_steps(micro_batches: int | None) -> int:
     return 1 if micro_batches == 1 else 0
 
 
-def _basis(y: Tensor) -> Tensor:
-    """An orthonormal basis, as accurate as an intermediate result needs; `finish` orthonormalizes to full accuracy."""
-    return declared.orthonormalize(y, refine=False)
+class Sketches:
+    """The state of b layers of one shape, rank and device, stacked.
+
+    Attributes:
+        q (`torch.Tensor`): (b, m, k), orthonormal. Zero before the first update.
+        z (`torch.Tensor`): (b, k, n), with (sum of gradients) ≈ Q Z.
+        probes (`torch.Tensor`): (b, n, p), random vectors ω.
+        probed (`torch.Tensor`): (b, m, p), the products of the sum with them.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec]) -> None:
+        first, b = specs[0], len(specs)
+        k = sketch_width(first.rank)
+        self.q, self.z, self.probes, self.probed = (
+            torch.zeros(b, *shape, dtype=torch.float32, device=first.device)
+            for shape in ((first.m, k), (k, first.n), (first.n, _PROBES), (first.m, _PROBES))
+        )
+        for probes, spec in zip(self.probes, specs, strict=True):
+            declared.test_matrix_(probes, spec.seed + 1)
+
+    def __getitem__(self, layers: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(q, z, probes, probed) of some layers, in the same memory."""
+        return self.q[layers], self.z[layers], self.probes[layers], self.probed[layers]
 
 
 class Streaming:
@@ -59,17 +83,24 @@ class Streaming:
     Args:
         spec (`LayerSpec`): the layer.
         micro_batches (`int`, *optional*): number of updates that will come, if known. A single one gets a power step.
+        sketches (`Sketches`, *optional*): where its state is, at `index`. Without it, it gets a state of its own.
+        index (`int`): its place in `sketches`.
     """
 
-    def __init__(self, spec: LayerSpec, micro_batches: int | None = None) -> None:
+    def __init__(
+        self, spec: LayerSpec, micro_batches: int | None = None, sketches: Sketches | None = None, index: int = 0
+    ) -> None:
         self.spec = spec
         self._micro_batches = micro_batches
-        self._k = sketch_width(spec.rank)
-        self._q = torch.zeros(spec.m, self._k, dtype=torch.float32, device=spec.device)
-        self._z = torch.zeros(self._k, spec.n, dtype=torch.float32, device=spec.device)
-        self._probes = test_matrix(spec.n, _PROBES, spec.seed + 1, spec.device)
-        self._probed = torch.zeros(spec.m, _PROBES, dtype=torch.float32, device=spec.device)
+        self._sketches = Sketches([spec]) if sketches is None else sketches
+        self._index = index
         self._empty = True
+
+    @staticmethod
+    def together(specs: Sequence[LayerSpec], micro_batches: int | None = None) -> list[Streaming]:
+        """An estimator for each of `specs`, which share shape, rank and device, in one piece of memory."""
+        sketches = Sketches(specs)
+        return [Streaming(spec, micro_batches, sketches, index) for index, spec in enumerate(specs)]
 
     @staticmethod
     def pays(spec: LayerSpec) -> bool:
@@ -79,7 +110,12 @@ class Streaming:
     @property
     def columns(self) -> int:
         """k, the width of the sketch."""
-        return self._k
+        return sketch_width(self.spec.rank)
+
+    @property
+    def place(self) -> tuple[Hashable, int]:
+        """Neighbours in memory have equal first and consecutive second values."""
+        return (id(self._sketches), self._empty), self._index
 
     @property
     def finish_key(self) -> Hashable:
@@ -87,7 +123,7 @@ class Streaming:
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        return self._q, self._z, self._probes, self._probed
+        return tuple(tensor[0] for tensor in _shared([self]))
 
     @property
     def state_bytes(self) -> int:
@@ -95,38 +131,54 @@ class Streaming:
 
     @property
     def exchange_bytes(self) -> int:
-        return 4 * max(self.spec.n * self._k, self.spec.m * (self._k + _PROBES))
+        return 4 * max(self.spec.n * self.columns, self.spec.m * (self.columns + _PROBES))
 
     @property
     def merged_bytes(self) -> int:
+        q, z, _, probed = self.state
         # three sums over ranks: SᵀΩ (n, k), S V with the products of the probes (m, k + probes), and Qᵀ S (k, n)
-        return sum(t.numel() * t.element_size() for t in (self._z, self._q, self._probed, self._z))
+        return sum(t.numel() * t.element_size() for t in (z, q, probed, z))
 
     def update(self, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
-        # A NaN or Inf in x or dy makes `left` or the new Z not finite. Then `commit_` keeps the old state.
-        if self._empty:  # there is no Z to start from: start with a random matrix on the left, for half of a pass
-            start = test_matrix(self.spec.m, self._k, self.spec.seed, self._q.device)
-            v = _basis(declared.right_product(x, dy, start, rounded=True).mT)
+        return self.absorb([self], [x], [dy], scale)[0]
+
+    @staticmethod
+    def absorb(group: Sequence[Streaming], xs: Sequence[Tensor], dys: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+        """Add scale · dyᵀ x to each of b layers that are neighbours in memory (see `place`), as `update` does to one.
+
+        xs and dys hold b tensors each, (Tᵢ, n) and (Tᵢ, m), all of one dtype. Returns (b,) bool on the device, True
+        where the product was added. On a CPU the bits are those of b single updates.
+        """
+        first = group[0]
+        q, z, probes, probed = first._sketches[first._index : first._index + len(group)]
+
+        def left(v: Tensor, columns: Tensor) -> Tensor:
+            """(G_t + Q Z) V; `columns` is V and further columns, which are multiplied with G_t only."""
+            out = left_products(xs, dys, columns, scale)
+            if not first._empty:
+                out.mT[:, : v.shape[2]].baddbmm_((z @ v).mT, q.mT)
+            return out
+
+        def right(q_new: Tensor, rounded: bool) -> Tensor:
+            """Q'ᵀ (G_t + Q Z), the projection of the sum on the range of Q'."""
+            out = right_products(xs, dys, q_new, scale, rounded=rounded)
+            return out if first._empty else out.baddbmm_(q_new.mT @ q, z)
+
+        # A NaN or Inf in x or dy makes `reached` or the new Z not finite. Then `commit_` keeps the old state.
+        if first._empty:  # there is no Z to start from: start with a random matrix on the left, for half of a pass
+            start = [test_matrix(s.spec.m, s.columns, s.spec.seed, s.spec.device) for s in group]
+            v = declared.basis(right_products(xs, dys, stacked(start), rounded=True).mT)
         else:
-            v = _basis(self._z.mT)
-        left = self._left(x, dy, scale, v, torch.cat((v, self._probes), dim=1))
-        q = _basis(left[:, : self._k])
-        for _ in range(power_steps(self._micro_batches)):
-            v = _basis(self._right(x, dy, scale, q, rounded=True).mT)
-            q = _basis(self._left(x, dy, scale, v, v))
-        finite = declared.commit_(self._q, self._z, self._probed, q, self._right(x, dy, scale, q, rounded=False), left)
-        self._empty = False
+            v = declared.basis(z.mT)
+        reached = left(v, torch.cat((v, probes), dim=2))
+        new_q = declared.basis(reached[..., : first.columns])
+        for _ in range(power_steps(first._micro_batches)):
+            v = declared.basis(right(new_q, rounded=True).mT)
+            new_q = declared.basis(left(v, v))
+        finite = declared.commit_(q, z, probed, new_q, right(new_q, rounded=False), reached)
+        for streaming in group:
+            streaming._empty = False
         return finite
-
-    def _left(self, x: Tensor, dy: Tensor, scale: float, v: Tensor, columns: Tensor) -> Tensor:
-        """(G_t + Q Z) V; `columns` is V and further columns, which are multiplied with G_t only."""
-        onto = None if self._empty else (self._q, self._z @ v)
-        return declared.left_product(x, dy, columns, scale, rounded=True, onto=onto)
-
-    def _right(self, x: Tensor, dy: Tensor, scale: float, q: Tensor, rounded: bool) -> Tensor:
-        """Qᵀ (G_t + Q_old Z_old), the projection of the sum on the range of `q`."""
-        onto = None if self._empty else (q.mT @ self._q, self._z)
-        return declared.right_product(x, dy, q, scale, rounded=rounded, onto=onto)
 
     @staticmethod
     def merging(group: Sequence[Streaming], scale: float) -> Iterator[Tensor]:
@@ -136,33 +188,29 @@ class Streaming:
 
         Ω is the same on all ranks, so each of the three is a sum over ranks.
         """
-        device, k = group[0].spec.device, group[0]._k
-        q, z, probed = (
-            stacked([state.to(device) for state in states])
-            for states in zip(*((s._q, s._z, s._probed) for s in group), strict=True)
-        )
+        device, k = group[0].spec.device, group[0].columns
+        q, z, _, probed = (tensor.to(device) for tensor in _shared(group))
         z = z * scale
         omega = stacked([test_matrix(s.spec.m, k, s.spec.seed + 2, device) for s in group])
         sketch = z.mT @ (q.mT @ omega)
         yield sketch
-        v = _basis(sketch)
+        v = declared.basis(sketch)
         # the products with the probes only need to be summed, and are part of the second all-reduce
         reached = torch.cat((q @ (z @ v), probed * scale), dim=2)
         yield reached
-        merged_q = _basis(reached[..., :k])
+        merged_q = declared.basis(reached[..., :k])
         merged_z = (merged_q.mT @ q) @ z
         yield merged_z
-        for streaming, *state in zip(group, merged_q, merged_z, reached[..., k:], strict=True):
-            for own, merged in zip((streaming._q, streaming._z, streaming._probed), state, strict=True):
-                own.copy_(merged)
+        for streaming, *merged in zip(group, merged_q, merged_z, reached[..., k:], strict=True):
+            own_q, own_z, _, own_probed = streaming.state
+            for own, value in zip((own_q, own_z, own_probed), merged, strict=True):
+                own.copy_(value)
 
     @staticmethod
     def finish(group: Sequence[Streaming]) -> tuple[Factors, Tensor]:
-        state = [(estimator._q, estimator._z, estimator._probes, estimator._probed) for estimator in group]
-        q, z, probes, probed = (stacked(tensors) for tensors in zip(*state, strict=True))
-        del state
+        q, z, probes, probed = _shared(group)
         for estimator in group:
-            del estimator._q, estimator._z, estimator._probes, estimator._probed
+            del estimator._sketches
         factors, spectrum = factorize(q, z, group[0].spec.rank)
         # energy = |QZ|² exactly + E|(I − QQᵀ) G ω|² / E|ω_i|², estimated from the probes (Hutchinson, 1989);
         # entries of ω are uniform in [-1, 1): variance 1/3
@@ -170,3 +218,13 @@ class Streaming:
         outside = ((probed - q @ (z @ probes)) / scale).double().square().sum((-2, -1))
         inside = (spectrum[:, None] / scale).double().square().sum((-2, -1))
         return factors, (inside + 3 * outside / _PROBES) * scale[:, 0, 0].double().square()
+
+
+def _shared(group: Sequence[Streaming]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q, z, probes, probed) of `group`, each with a first dimension of b layers: a view where they are neighbours."""
+    first = group[0]
+    if all(s._sketches is first._sketches and s._index == first._index + i for i, s in enumerate(group)):
+        return first._sketches[first._index : first._index + len(group)]
+    parts = [s._sketches[s._index : s._index + 1] for s in group]
+    q, z, probes, probed = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return q, z, probes, probed

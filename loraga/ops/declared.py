@@ -79,121 +79,19 @@ test_matrix_.__test__ = False  # type: ignore[attr-defined]  # pytest would take
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# left_product, right_product: the two thin products of one gradient, which is never formed, added to those of a sum
-# ------------------------------------------------------------------------------------------------------------------
-_lib.define("left_product(Tensor x, Tensor dy, Tensor v, float scale, bool rounded, Tensor? q, Tensor? zv) -> Tensor")
-_lib.define("right_product(Tensor x, Tensor dy, Tensor q, float scale, bool rounded, Tensor? c, Tensor? z) -> Tensor")
-
-
-def _check_pair(op: str, x: Tensor, dy: Tensor) -> None:
-    if x.dim() != 2 or dy.dim() != 2 or x.shape[0] != dy.shape[0]:
-        raise _fail(op, f"x (T, n) and dy (T, m) must share T, got {tuple(x.shape)} and {tuple(dy.shape)}")
-    if x.dtype != dy.dtype or x.dtype not in _FLOATS:
-        raise _fail(op, f"x and dy must share one of float32, bfloat16, float16, got {x.dtype} and {dy.dtype}")
-
-
-def _check_onto(op: str, names: str, a: Tensor | None, b: Tensor | None, rows: range, columns: range) -> None:
-    """Raise unless a (i, j) and b (j, l) are both None or multiply, with i in `rows` and l in `columns`."""
-    if a is None and b is None:
-        return
-    if a is None or b is None:
-        raise _fail(op, f"{names} come together or not at all")
-    if a.dtype != torch.float32 or b.dtype != torch.float32 or a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
-        raise _fail(op, f"{names} must be float32 matrices that multiply, got {tuple(a.shape)} and {tuple(b.shape)}")
-    if a.shape[0] not in rows or b.shape[1] not in columns:
-        raise _fail(op, f"the product of {names}, {(a.shape[0], b.shape[1])}, does not fit onto the result")
-
-
-def _check_left(x: Tensor, dy: Tensor, v: Tensor, q: Tensor | None, zv: Tensor | None) -> None:
-    _check_pair("left_product", x, dy)
-    if v.dtype != torch.float32 or v.dim() != 2 or v.shape[0] != x.shape[1]:
-        raise _fail("left_product", f"v must be float32 ({x.shape[1]}, k), got {v.dtype} {tuple(v.shape)}")
-    m, k = dy.shape[1], v.shape[1]
-    _check_onto("left_product", "q and zv", q, zv, range(m, m + 1), range(k + 1))
-
-
-def _check_right(x: Tensor, dy: Tensor, q: Tensor, c: Tensor | None, z: Tensor | None) -> None:
-    _check_pair("right_product", x, dy)
-    if q.dtype != torch.float32 or q.dim() != 2 or q.shape[0] != dy.shape[1]:
-        raise _fail("right_product", f"q must be float32 ({dy.shape[1]}, k), got {q.dtype} {tuple(q.shape)}")
-    n, k = x.shape[1], q.shape[1]
-    _check_onto("right_product", "c and z", c, z, range(k, k + 1), range(n, n + 1))
-
-
-@_fake("left_product")
-def _(x: Tensor, dy: Tensor, v: Tensor, scale: float, rounded: bool, q: Tensor | None, zv: Tensor | None) -> Tensor:
-    _check_left(x, dy, v, q, zv)
-    return v.new_empty(v.shape[1], dy.shape[1]).t()  # (PᵀdY)ᵀ is faster than dYᵀP
-
-
-@_fake("right_product")
-def _(x: Tensor, dy: Tensor, q: Tensor, scale: float, rounded: bool, c: Tensor | None, z: Tensor | None) -> Tensor:
-    _check_right(x, dy, q, c, z)
-    return q.new_empty(q.shape[1], x.shape[1])
-
-
-def left_product(
-    x: Tensor,
-    dy: Tensor,
-    v: Tensor,
-    scale: float = 1.0,
-    *,
-    rounded: bool = False,
-    onto: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """scale · G V + Q (Z V), float32 (m, k), for G = dYᵀ X of x (T, n), dy (T, m) of one dtype and v (n, k) float32.
-
-    `onto` is (Q (m, i), Z V (i, k')) float32. Where k' is less than k, it is added to the first k' columns only.
-    v and X V are rounded to the dtype of x before they are multiplied with x and dy; sums are float32.
-    `rounded` allows operands and the product (but not the sum with `onto`) to be rounded to 8 significant bits where
-    the device multiplies such numbers faster. The search for directions tolerates this rounding (docs/numerics.md).
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
-    """
-    q, zv = onto or (None, None)
-    _check_left(x, dy, v, q, zv)
-    product: Tensor = torch.ops.loraga.left_product(x, dy, v, scale, rounded, q, zv)
-    return product
-
-
-def right_product(
-    x: Tensor,
-    dy: Tensor,
-    q: Tensor,
-    scale: float = 1.0,
-    *,
-    rounded: bool = False,
-    onto: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """scale · Qᵀ G + C Z, float32 (k, n), for G = dYᵀ X of x (T, n), dy (T, m) of one dtype and q (m, k) float32.
-
-    `onto` is (C (k, i), Z (i, n)) float32. q and dY Q are rounded to the dtype of x before they are multiplied with dy
-    and x; sums are float32. `rounded` is as in `left_product`.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
-    """
-    c, z = onto or (None, None)
-    _check_right(x, dy, q, c, z)
-    product: Tensor = torch.ops.loraga.right_product(x, dy, q, scale, rounded, c, z)
-    return product
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# commit_: the new state of a streaming update replaces the old one if it is finite
+# commit_: the new states of streaming updates replace the old ones where they are finite
 # ------------------------------------------------------------------------------------------------------------------
 _lib.define("commit_(Tensor(a!) q, Tensor(b!) z, Tensor(c!) probed, Tensor new_q, Tensor new_z, Tensor left) -> Tensor")
 
 
 def _check_commit(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> None:
     tensors = (q, z, probed, new_q, new_z, left)
-    if any(t.dtype != torch.float32 or t.dim() != 2 for t in tensors):
-        raise _fail("commit_", "every argument must be a float32 matrix")
+    if any(t.dtype != torch.float32 or t.dim() != 3 for t in tensors):
+        raise _fail("commit_", "every argument must be a float32 batch of matrices")
     if not all(t.is_contiguous() for t in tensors[:5]):
         raise _fail("commit_", "q, z, probed, new_q and new_z must be contiguous")
-    (m, k), probes = q.shape, probed.shape[1]
-    expected = ((m, k), (k, z.shape[1]), (m, probes), (m, k), tuple(z.shape), (m, k + probes))
+    (b, m, k), probes = q.shape, probed.shape[2]
+    expected = ((b, m, k), (b, k, z.shape[2]), (b, m, probes), (b, m, k), tuple(z.shape), (b, m, k + probes))
     if tuple(tuple(t.shape) for t in tensors) != expected:
         raise _fail("commit_", f"shapes {[tuple(t.shape) for t in tensors]} do not fit, expected {list(expected)}")
 
@@ -201,14 +99,15 @@ def _check_commit(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Te
 @_fake("commit_")
 def _(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
     _check_commit(q, z, probed, new_q, new_z, left)
-    return q.new_empty((), dtype=torch.bool)
+    return q.new_empty(q.shape[0], dtype=torch.bool)
 
 
 def commit_(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
-    """q ← new_q, z ← new_z, probed ← probed + left[:, k:] in place, unless left or new_z contains a NaN or Inf.
+    """q ← new_q, z ← new_z, probed ← probed + left[..., k:] in place, in each layer without NaN or Inf.
 
-    q, new_q (m, k), z, new_z (k, n), probed (m, p), left (m, k + p), all float32. Returns a 0-dim bool tensor, which is
-    True if the state was replaced. The host does not wait for the device.
+    All are float32, with a first dimension of b layers: q, new_q (b, m, k), z, new_z (b, k, n), probed (b, m, p), left
+    (b, m, k + p) with any strides, the others contiguous. A layer keeps its old state if its part of `left` or `new_z`
+    contains a NaN or Inf. Returns (b,) bool, True where the state was replaced. The host does not wait for the device.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
@@ -225,7 +124,12 @@ _lib.define("accumulate_(Tensor(a!) g, Tensor x, Tensor dy, float scale) -> Tens
 
 
 def _check_accumulate(g: Tensor, x: Tensor, dy: Tensor) -> None:
-    _check_pair("accumulate_", x, dy)
+    if x.dim() != 2 or dy.dim() != 2 or x.shape[0] != dy.shape[0]:
+        raise _fail("accumulate_", f"x (T, n) and dy (T, m) must share T, got {tuple(x.shape)} and {tuple(dy.shape)}")
+    if x.dtype != dy.dtype or x.dtype not in _FLOATS:
+        raise _fail(
+            "accumulate_", f"x and dy must share one of float32, bfloat16, float16, got {x.dtype} and {dy.dtype}"
+        )
     if g.dim() != 2 or g.shape != (dy.shape[1], x.shape[1]) or g.dtype not in (torch.float32, torch.bfloat16):
         raise _fail(
             "accumulate_",
@@ -255,37 +159,59 @@ def accumulate_(g: Tensor, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# orthonormalize: an orthonormal basis of the range of a tall block
+# basis, orthonormalize: an orthonormal basis of the range of a tall block, for use in a loop and for a result
 # ------------------------------------------------------------------------------------------------------------------
-_lib.define("orthonormalize(Tensor y, bool refine) -> Tensor")
+_lib.define("basis(Tensor y) -> Tensor")
+_lib.define("orthonormalize(Tensor y) -> Tensor")
 
 
-def _check_orthonormalize(y: Tensor) -> None:
+def _check_tall(op: str, y: Tensor) -> None:
     if y.dtype != torch.float32 or y.dim() < 2 or y.shape[-2] < y.shape[-1]:
-        raise _fail("orthonormalize", f"y must be float32 (..., m, k) with m >= k, got {y.dtype} {tuple(y.shape)}")
+        raise _fail(op, f"y must be float32 (..., m, k) with m >= k, got {y.dtype} {tuple(y.shape)}")
 
 
-@_fake("orthonormalize")
-def _(y: Tensor, refine: bool) -> Tensor:
-    _check_orthonormalize(y)
+@_fake("basis")
+def _(y: Tensor) -> Tensor:
+    _check_tall("basis", y)
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
-def orthonormalize(y: Tensor, refine: bool = True) -> Tensor:
-    """Orthonormal Q (..., m, k) float32 whose columns span the range of `y` (..., m, k), m >= k.
+@_fake("orthonormalize")
+def _(y: Tensor) -> Tensor:
+    _check_tall("orthonormalize", y)
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
 
-    The control flow is fixed and the host does not wait for the device. Every finite input is allowed: Q has full rank
-    also for a zero, rank-deficient or badly scaled block, because fixed dense directions complete it.
 
-    ‖QᵀQ − I‖ stays below 1e-6 up to condition 1e7. Without `refine` the work halves, and the bound is kept up to
-    condition 1e2 only (the condition of Q stays near 1 up to 1e7). That is enough for a basis that is used once. A
-    block with NaN or Inf gives numbers without meaning and no error.
+def basis(y: Tensor) -> Tensor:
+    """Q (..., m, k) float32 that spans the range of `y` (..., m, k), m >= k, as orthonormal as a loop needs it.
+
+    It is CholeskyQR twice in float32, with shifts (docs/numerics.md). Every finite input gives a finite Q of full rank,
+    also a zero, rank-deficient, sparse or badly scaled block. The singular values of Q are at most 1 + 1e-4. They are
+    within 1 % of 1, except those of directions that have less than 1e-4 of the largest singular value of the block
+    after its columns are scaled to unit norm; these become shorter. The control flow is fixed, and the host does not
+    wait for the device. A block with NaN or Inf gives numbers without meaning and no error.
 
     Raises:
         ValueError: `y` is not float32, or has more columns than rows.
     """
-    _check_orthonormalize(y)
-    q: Tensor = torch.ops.loraga.orthonormalize(y, refine)
+    _check_tall("basis", y)
+    q: Tensor = torch.ops.loraga.basis(y)
+    return q
+
+
+def orthonormalize(y: Tensor) -> Tensor:
+    """Orthonormal Q (..., m, k) float32 whose columns span the range of `y` (..., m, k), m >= k.
+
+    It is CholeskyQR in float64 (docs/numerics.md). The control flow is fixed and the host does not wait for the device.
+    Every finite input is allowed: Q has full rank also for a zero, rank-deficient, sparse or badly scaled block,
+    because fixed dense directions complete it. ‖QᵀQ − I‖ stays below 1e-6. A block with NaN or Inf gives numbers
+    without meaning and no error.
+
+    Raises:
+        ValueError: `y` is not float32, or has more columns than rows.
+    """
+    _check_tall("orthonormalize", y)
+    q: Tensor = torch.ops.loraga.orthonormalize(y)
     return q
 
 
@@ -316,6 +242,7 @@ def subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[
 
     Randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4): Q starts as orth(G Ω), where
     `test_matrix_` makes Ω (n, k) from the matrix's own seed. Each of `iterations` replaces Q by orth(G orth(Gᵀ Q)).
+    Inside the iteration orth is `basis`, at its end `orthonormalize`.
 
     `g` is float32, bfloat16 or float16 and has any strides. The largest entry of a matrix is zero or between 1e-35 and
     1e35, its spectral norm below 1e38. On devices that multiply the dtype of `g`, no full copy of `g` is made. The thin
@@ -368,8 +295,10 @@ _lib.define("cholesky_inverse(Tensor gram, float shift) -> Tensor")
 
 
 def _check_cholesky_inverse(gram: Tensor, shift: float) -> None:
-    if gram.dtype != torch.float64 or gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
-        raise _fail("cholesky_inverse", f"gram must be float64 (..., k, k), got {gram.dtype} {tuple(gram.shape)}")
+    if gram.dtype not in (torch.float32, torch.float64) or gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
+        raise _fail(
+            "cholesky_inverse", f"gram must be float32 or float64 (..., k, k), got {gram.dtype} {tuple(gram.shape)}"
+        )
     if not 0 <= shift < float("inf"):
         raise _fail("cholesky_inverse", f"shift must be finite and not negative, got {shift}")
 
@@ -381,13 +310,15 @@ def _(gram: Tensor, shift: float) -> Tensor:
 
 
 def cholesky_inverse(gram: Tensor, shift: float = 0.0) -> Tensor:
-    """L⁻¹, lower triangular, with L Lᵀ = gram + shift · trace(gram) · I, for gram (..., k, k) float64.
+    """L⁻¹, lower triangular, with L Lᵀ = gram + shift · trace(gram) · I, for gram (..., k, k) float32 or float64.
 
-    Only the lower triangle is read. Where that sum is not positive definite or not finite, the result is NaN and there
-    is no error. The host does not wait for the device.
+    The arithmetic and the result have the dtype of `gram`. Only the lower triangle is read. `gram` is a Gram matrix, so
+    no pivot of that sum is below shift · trace but for rounding. Where rounding has made one smaller, the shift is
+    raised there. Without a shift, or with values that are not finite, the result is NaN where a pivot is not positive,
+    and there is no error. The host does not wait for the device.
 
     Raises:
-        ValueError: `gram` is not float64 or not square, or `shift` is negative or not finite.
+        ValueError: `gram` is not float32 or float64 or not square, or `shift` is negative or not finite.
     """
     _check_cholesky_inverse(gram, shift)
     inverse: Tensor = torch.ops.loraga.cholesky_inverse(gram, shift)

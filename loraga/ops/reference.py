@@ -22,6 +22,10 @@ _MASK = 0xFFFFFFFF
 # Size of the fixed direction that is added to every column before its Gram matrix is formed, relative to the column:
 # large enough that a zero or dependent column becomes a usable direction, and far below what a sketch resolves.
 JITTER = 1e-6
+# A column with at most this norm counts as zero: the reciprocal of a smaller one would overflow float32.
+SMALLEST_NORM = 1e-37
+# Shift of each pass of `basis`, relative to the trace of the Gram matrix.
+BASIS_SHIFT = 1e-7
 
 
 def philox(counter: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,21 +57,12 @@ def test_matrix_(out: Tensor, seed: int) -> None:
     out.view(-1).copy_((words >> 8).float()).mul_(2.0**-23).sub_(1.0)
 
 
-def _multiplies_half(a: Tensor) -> bool:
+def multiplies_half(a: Tensor) -> bool:
     """Whether the device of `a` multiplies half-precision operands with float32 sums.
 
     GPUs do; the meta device counts as one, because dry runs predict what a GPU does.
     """
     return a.is_cuda or a.is_meta
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for operands of one dtype, which are not rounded or scaled; sums and result are float32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if _multiplies_half(a):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 @functools.cache
@@ -80,64 +75,23 @@ def has_bfloat16_units(device: torch.device) -> bool:
     return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
-# Number of tokens (rows of x or dy) per step of a sum over tokens on a CPU. So few rows stay in cache also when wide.
-_TOKENS = 512
-
-
-def folded(p: Tensor, x: Tensor) -> Tensor:
-    """pᵀ x for p (T, k), x (T, n) of one dtype, with float32 sums and result, as in `product`."""
-    if _multiplies_half(x) or len(x) <= _TOKENS or x.shape[1] <= 1024:
-        return product(p.t(), x)
-    out = product(p[:_TOKENS].t(), x[:_TOKENS])
-    for start in range(_TOKENS, len(x), _TOKENS):
-        rows = slice(start, start + _TOKENS)
-        out.addmm_(p[rows].t().float(), x[rows].float())
-    return out
-
-
-def _thin(a: Tensor, w: Tensor, b: Tensor, scale: float, rounded: bool) -> Tensor:
-    """scale · (a w)ᵀ b for a (T, i), w (i, k), b (T, j), with w and a w rounded to the dtype of a.
-
-    With `rounded`, all operands are rounded to bfloat16 where the device multiplies that faster.
-    """
-    if rounded and has_bfloat16_units(a.device):
-        if a.is_cpu:  # its bfloat16 products have no float32 result
-            return _scaled(((a.bfloat16() @ w.bfloat16()).t() @ b.bfloat16()).float(), scale)
-        if a.dtype == torch.float32:
-            a, b = a.bfloat16(), b.bfloat16()
-    return _scaled(folded(product(a, w.to(a.dtype)).to(a.dtype), b), scale)
-
-
-@implement("left_product", _KEY)
-def left_product(
-    x: Tensor, dy: Tensor, v: Tensor, scale: float, rounded: bool, q: Tensor | None, zv: Tensor | None
-) -> Tensor:
-    out = _thin(x, v, dy, scale, rounded)
-    if q is not None and zv is not None:
-        out[: zv.shape[1]].addmm_(zv.t(), q.t())
-    return out.t()
-
-
-@implement("right_product", _KEY)
-def right_product(
-    x: Tensor, dy: Tensor, q: Tensor, scale: float, rounded: bool, c: Tensor | None, z: Tensor | None
-) -> Tensor:
-    out = _thin(dy, q, x, scale, rounded)
-    return out if c is None or z is None else out.addmm_(c, z)
-
-
-def _scaled(product: Tensor, scale: float) -> Tensor:
-    return product if scale == 1.0 else product.mul_(scale)
-
-
 @implement("commit_", _KEY)
 def commit_(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
-    finite = all_finite(left) & all_finite(new_z)
+    finite = torch.maximum(_largest(left), _largest(new_z)) < torch.inf  # false for NaN, too
+    keep = finite[:, None, None]
     # in place, so that there is never a second copy of the state
-    torch.where(finite, new_q, q, out=q)
-    torch.where(finite, new_z, z, out=z)
-    probed += torch.where(finite, left[:, q.shape[1] :], 0.0)
+    torch.where(keep, new_q, q, out=q)
+    torch.where(keep, new_z, z, out=z)
+    probed += torch.where(keep, left[..., q.shape[2] :], 0.0)
     return finite
+
+
+def _largest(batch: Tensor) -> Tensor:
+    """The largest absolute value of each matrix of `batch` (b, m, k), NaN where one has a NaN: (b,)."""
+    if batch.shape[0] == 1 and batch.is_cpu:  # one pass; the reduction below takes a temporary and five times as long
+        low, high = torch.aminmax(batch.mT if batch.stride(-2) == 1 else batch)
+        return torch.maximum(-low, high)[None]
+    return torch.linalg.vector_norm(batch, ord=torch.inf, dim=(-2, -1))
 
 
 def all_finite(values: Tensor) -> Tensor:
@@ -151,10 +105,34 @@ def all_finite(values: Tensor) -> Tensor:
 
 @implement("accumulate_", _KEY)
 def accumulate_(g: Tensor, x: Tensor, dy: Tensor, scale: float) -> Tensor:
-    added = _scaled(product(dy.t(), x), scale)
-    finite = all_finite(added)  # a NaN or Inf in x or dy makes the product NaN or Inf, and the product is smaller
-    torch.where(finite, added.add_(g).to(g.dtype), g, out=g)
+    finite = all_finite(x) & all_finite(dy)
+    if g.is_cpu:  # the host may look
+        if finite:
+            _add_product(g, x, dy, scale)
+        return finite
+    _add_product(g, torch.where(finite, x, 0.0), torch.where(finite, dy, 0.0), scale)
     return finite
+
+
+# Entries of a buffer that are widened to float32 at a time.
+_BLOCK = 2**20
+
+
+def _add_product(g: Tensor, x: Tensor, dy: Tensor, scale: float) -> None:
+    """g += scale · dyᵀ x, summed in float32 and rounded once.
+
+    Where a device has the product of these dtypes with float32 sums, it is one call that makes no temporary. Else it
+    goes by blocks of rows.
+    """
+    if g.dtype == x.dtype:
+        g.addmm_(dy.t(), x, alpha=scale)
+    elif g.dtype == torch.float32 and multiplies_half(g):
+        torch.addmm(g, dy.t(), x, out_dtype=torch.float32, alpha=scale, out=g)
+    else:
+        x, step = x.float(), max(1, _BLOCK // max(1, x.shape[1]))
+        for start in range(0, len(g), step):
+            rows = slice(start, start + step)
+            g[rows] = torch.addmm(g[rows].float(), dy[:, rows].t().float(), x, alpha=scale)
 
 
 def directions(m: int, k: int, device: torch.device, by_columns: bool = False) -> Tensor:
@@ -171,50 +149,36 @@ def directions(m: int, k: int, device: torch.device, by_columns: bool = False) -
     return angle.float().mul_(2 * math.pi / 2**32).cos_().mul_(math.sqrt(2 / m))
 
 
-def shifts(m: int, k: int, refine: bool) -> tuple[float, ...]:
-    """The diagonal shift of each pass of CholeskyQR over an (m, k) block, relative to the trace of its Gram matrix."""
-    return (1e-15,) if not refine else (1e-15, 0.0) if m >= 1.5 * k else (1e-14, 1e-15, 0.0)
+# `directions` with at most this many numbers are cached: those of the layers of real models up to adapter rank 128.
+_CACHED_NUMBERS = 2**23
 
 
-# `directions` with at most this many numbers are cached.
-_CACHED_NUMBERS = 2**20
-
-
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def _cached_directions(m: int, k: int, device: torch.device, by_columns: bool) -> Tensor:
     """`directions`, cached because a model has few shapes and each of them returns in every micro-batch.
 
-    To compute them costs as much as a Gram matrix on a CPU, and ten launches on a GPU.
+    To compute them costs as much as a Gram matrix on a CPU, and ten launches on a GPU. `forget` frees them.
     """
     return directions(m, k, device, by_columns)
 
 
-@implement("orthonormalize", _KEY)
-def orthonormalize(y: Tensor, refine: bool) -> Tensor:
-    """Column scaling, then CholeskyQR with Gram, factor and product in float64 (docs/numerics.md).
+forget = _cached_directions.cache_clear
 
-    CholeskyQR2 (Yamamoto et al., 2015) in float32 fails from condition 1e4 on; with a float64 Gram matrix it works up
-    to 1e7. The jitter bounds the condition by about 1 / JITTER, so the first Cholesky factor always exists. The second
-    pass removes the error that rounding left. A square block can have a larger condition than the jitter suggests, and
-    gets a third pass.
 
-    The columns are scaled in the Gram matrix and in the inverse factor, because these have fewer numbers than the
-    block.
+def _jittered(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """The columns of `y` (..., m, k) scaled to unit norm, and JITTER times a direction added to each, in `dtype`.
+
+    A column that is zero becomes the direction itself. The result has the memory layout of `y`.
     """
     m, k = y.shape[-2:]
-    by_columns = y.stride(-2) == 1
     cached = m * k <= _CACHED_NUMBERS and not y.is_meta
-    noise = (_cached_directions if cached else directions)(m, k, y.device, by_columns)
+    noise = (_cached_directions if cached else directions)(m, k, y.device, y.stride(-2) == 1)
     # in float64 the squares neither overflow nor underflow
     norm = torch.linalg.vector_norm(y, dim=-2, keepdim=True, dtype=torch.float64)
-    known = norm > 0
-    a = y.double().addcmul_(noise.double(), torch.where(known, JITTER * norm, 1.0))
-    unit = torch.where(known, norm, 1.0).reciprocal_()
-    first, *later = shifts(m, k, refine)
-    a = _times(a, declared.cholesky_inverse(a.mT @ a * unit * unit.mT, first) * unit, by_columns)
-    for shift in later:
-        a = _times(a, declared.cholesky_inverse(a.mT @ a, shift), by_columns)
-    return a.float().contiguous()
+    known = norm > SMALLEST_NORM
+    unit = torch.where(known, norm.reciprocal(), 0.0).to(dtype)
+    weight = torch.where(known, JITTER, 1.0).to(dtype)  # not the caller's default dtype
+    return torch.addcmul(noise * weight, y.to(dtype), unit)
 
 
 def _times(a: Tensor, inverse: Tensor, by_columns: bool) -> Tensor:
@@ -222,9 +186,48 @@ def _times(a: Tensor, inverse: Tensor, by_columns: bool) -> Tensor:
     return (inverse @ a.mT).mT if by_columns else a @ inverse.mT
 
 
+@implement("basis", _KEY)
+def basis(y: Tensor) -> Tensor:
+    """Column scaling, then CholeskyQR twice in float32, each with the shift BASIS_SHIFT (docs/numerics.md).
+
+    The shift is larger than what rounding can take from the smallest eigenvalue of the Gram matrix, so the Cholesky
+    factor exists for any input (shifted CholeskyQR: Fukaya et al., 2020). A column below SMALLEST_NORM counts as zero.
+    """
+    by_columns = y.is_cpu and y.stride(-2) == 1
+    a = _jittered(y, torch.float32)
+    for _ in range(2):
+        a = _times(a, declared.cholesky_inverse(a.mT @ a, BASIS_SHIFT), by_columns)
+    return a.contiguous()
+
+
+def shifts(m: int, k: int) -> tuple[float, ...]:
+    """The diagonal shift of each pass of `orthonormalize` over an (m, k) block, as a share of its Gram matrix's trace.
+
+    The Gram matrix of a tall block with few rows that are not zero does not see the added directions: each of its sums
+    has one term of order one and thousands below its rounding. The first shift is larger than all that is lost there.
+    """
+    return (1e-13, 0.0) if m >= 1.5 * k else (1e-13, 1e-13, 0.0)
+
+
+@implement("orthonormalize", _KEY)
+def orthonormalize(y: Tensor) -> Tensor:
+    """Column scaling, then CholeskyQR with Gram, factor and product in float64 (docs/numerics.md).
+
+    CholeskyQR2 (Yamamoto et al., 2015) in float32 fails from condition 1e4 on; with a float64 Gram matrix it works up
+    to 1e7. The jitter bounds the condition by about 1 / JITTER, so the first Cholesky factor always exists. The last
+    pass removes the error that the shift and rounding left. A square block can have a larger condition than the jitter
+    suggests, and gets a pass more.
+    """
+    by_columns = y.is_cpu and y.stride(-2) == 1
+    a = _jittered(y, torch.float64)
+    for shift in shifts(*y.shape[-2:]):
+        a = _times(a, declared.cholesky_inverse(a.mT @ a, shift), by_columns)
+    return a.float().contiguous()
+
+
 @implement("subspace", _KEY)
 def subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    if g.dtype == torch.float32 or _multiplies_half(g):
+    if g.dtype == torch.float32 or multiplies_half(g):
         return _subspace(g, k, iterations, seeds, g.dtype)
     # this device has no half-precision products with float32 sums: widen one matrix at a time, to limit the memory
     b, m, n = g.shape
@@ -245,8 +248,8 @@ def _subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int], dtype: t
     for out, seed in zip(v, seeds, strict=True):
         declared.test_matrix_(out, seed)
     for _ in range(iterations):
-        q = declared.orthonormalize(_batched_product(g, v.to(dtype)), refine=False)
-        v = declared.orthonormalize(_batched_product(q.to(dtype).mT, g).mT, refine=False)
+        q = declared.basis(_batched_product(g, v.to(dtype)))
+        v = declared.basis(_batched_product(q.to(dtype).mT, g).mT)
     q = declared.orthonormalize(_batched_product(g, v.to(dtype)))
     if dtype == torch.float32:
         return q, _batched_product(q.mT, g)
@@ -262,7 +265,7 @@ def _batched_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for batches, at least one of them in half precision or both float32, with float32 sums and result."""
     if a.dtype == b.dtype == torch.float32:
         return a @ b
-    if _multiplies_half(a):
+    if multiplies_half(a):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
@@ -302,6 +305,9 @@ def cholesky_inverse(gram: Tensor, shift: float) -> Tensor:
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     lower, info = torch.linalg.cholesky_ex(gram + shift * trace * eye)
+    if shift > 0 and not (gram.is_cpu and (info == 0).all()):  # a CPU tensor costs no wait
+        more, failed = torch.linalg.cholesky_ex(gram + 100 * shift * trace * eye)
+        lower, info = torch.where(info[..., None, None] == 0, lower, more), torch.where(info == 0, info, failed)
     inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
     # LAPACK reports success when a NaN or Inf appears after the last pivot
     usable = (info[..., None, None] == 0) & torch.isfinite(inverse).all(dim=(-2, -1), keepdim=True)

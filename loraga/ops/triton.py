@@ -20,11 +20,7 @@ from loraga.ops.declared import implement
 # op: (file of loraga/kernels, launcher, how many of the first arguments are the large ones)
 LAUNCHERS = {
     "test_matrix_": ("random", "fill", 1),
-    "left_product": ("streaming", "left_product", 2),
-    "right_product": ("streaming", "right_product", 2),
-    "commit_": ("commit", "commit", 2),
     "accumulate_": ("accumulate", "accumulate", 3),
-    "orthonormalize": ("orthonormalize", "orthonormalize", 1),
     "subspace": ("subspace", "subspace", 1),
 }
 

@@ -61,7 +61,7 @@ def test_nan_in_one_layer_does_not_reach_another():
     expected = finish(whole, dict.fromkeys(whole, 1.0))
     estimators, _ = fed()
     estimators["d1"]._g[3, 4] = float("nan")
-    estimators["s1"]._z[3, 4] = float("inf")
+    estimators["s1"].state[1][3, 4] = float("inf")
     for name, result in finish(estimators, dict.fromkeys(estimators, 1.0)).items():
         if name in ("d1", "s1"):
             assert not result.factors.S.isfinite().all()

@@ -34,6 +34,8 @@ def tall(kind: str, m: int, k: int) -> torch.Tensor:
         return torch.randn(m, k) * 1e36
     if kind == "identity":
         return torch.eye(m, k)
+    if kind == "sparse":
+        return torch.randn(m, k) * (torch.arange(m) < 13)[torch.randperm(m), None]
     u = torch.linalg.qr(torch.randn(m, k, dtype=torch.float64)).Q
     v = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64)).Q
     return (u * torch.logspace(0, -float(kind), k, dtype=torch.float64) @ v.T).float()
@@ -43,29 +45,14 @@ def tall(kind: str, m: int, k: int) -> torch.Tensor:
     ("op", "args"),
     [
         ("test_matrix_", lambda: (torch.empty(5, 3), 7)),
-        ("left_product", lambda: (*pair(9, 4, 6, torch.float32), torch.randn(4, 2), 1.0, False, None, None)),
-        (
-            "left_product",
-            lambda: (
-                *pair(9, 4, 6, torch.bfloat16),
-                torch.randn(4, 3),
-                0.5,
-                True,
-                torch.randn(6, 2),
-                torch.randn(2, 2),
-            ),
-        ),
-        ("right_product", lambda: (*pair(9, 4, 6, torch.float32), torch.randn(6, 2), 1.0, False, None, None)),
-        (
-            "right_product",
-            lambda: (*pair(9, 4, 6, torch.float16), torch.randn(6, 2), 0.5, True, torch.randn(2, 3), torch.randn(3, 4)),
-        ),
-        ("commit_", lambda: tuple(torch.randn(*s) for s in ((6, 2), (2, 4), (6, 1), (6, 2), (2, 4), (6, 3)))),
+        ("commit_", lambda: tuple(torch.randn(2, *s) for s in ((6, 2), (2, 4), (6, 1), (6, 2), (2, 4), (6, 3)))),
         ("accumulate_", lambda: (torch.zeros(6, 4), torch.randn(9, 4), torch.randn(9, 6), 0.5)),
-        ("orthonormalize", lambda: (torch.randn(2, 9, 4), True)),
+        ("basis", lambda: (torch.randn(2, 9, 4),)),
+        ("orthonormalize", lambda: (torch.randn(2, 9, 4),)),
         ("subspace", lambda: (torch.randn(2, 9, 7), 4, 1, [1, 2])),
         ("subspace", lambda: (torch.randn(2, 7, 9).bfloat16().mT, 4, 1, [1, 2])),
         ("small_svd", lambda: (torch.randn(2, 4, 4),)),
+        ("cholesky_inverse", lambda: (torch.eye(4).repeat(2, 1, 1), 1e-3)),
         ("cholesky_inverse", lambda: (torch.eye(4, dtype=torch.float64).repeat(2, 1, 1), 1e-3)),
         ("gradient_add_", lambda: (torch.zeros(6, 4), torch.randn(6, 2, 2), 0.5, None)),
         ("gradient_add_", lambda: (torch.zeros(6, 4), torch.randn(6, 2, 2), 0.5, torch.tensor(False))),
@@ -81,39 +68,22 @@ def test_registration(op, args):
     ("call", "message"),
     [
         (lambda: declared.test_matrix_(torch.empty(3), 0), "matrix"),
-        (lambda: declared.left_product(torch.randn(3, 4), torch.randn(2, 5), torch.randn(4, 1)), "share T"),
-        (lambda: declared.left_product(torch.randn(3, 4), torch.randn(3, 5).half(), torch.randn(4, 1)), "share one"),
-        (lambda: declared.left_product(torch.randn(3, 4), torch.randn(3, 5), torch.randn(5, 1)), r"\(4, k\)"),
-        (lambda: declared.right_product(torch.randn(3, 4), torch.randn(3, 5), torch.randn(4, 1)), r"\(5, k\)"),
-        (
-            lambda: declared.left_product(
-                *pair(3, 4, 5, torch.float32), torch.randn(4, 1), onto=(torch.randn(5, 2), torch.randn(2, 2))
-            ),
-            r"\(5, 2\), does not fit",
-        ),
-        (
-            lambda: declared.right_product(
-                *pair(3, 4, 5, torch.float32), torch.randn(5, 1), onto=(torch.randn(1, 2), torch.randn(3, 4))
-            ),
-            "multiply",
-        ),
-        (
-            lambda: declared.left_product(
-                *pair(3, 4, 5, torch.float32), torch.randn(4, 1), onto=(torch.randn(5, 1), None)
-            ),
-            "together",
-        ),
-        (lambda: declared.commit_(*(torch.zeros(3, 2) for _ in range(6))), "do not fit"),
-        (lambda: declared.commit_(*(torch.zeros(3, 2).half() for _ in range(6))), "float32"),
-        (lambda: declared.commit_(*(torch.zeros(2, 3).t() for _ in range(6))), "contiguous"),
+        (lambda: declared.commit_(*(torch.zeros(1, 3, 2) for _ in range(6))), "do not fit"),
+        (lambda: declared.commit_(*(torch.zeros(1, 3, 2).half() for _ in range(6))), "float32"),
+        (lambda: declared.commit_(*(torch.zeros(3, 2) for _ in range(6))), "batch of matrices"),
+        (lambda: declared.commit_(*(torch.zeros(1, 2, 3).mT for _ in range(6))), "contiguous"),
+        (lambda: declared.accumulate_(torch.zeros(4, 5), torch.randn(2, 4), torch.randn(3, 5)), "share T"),
+        (lambda: declared.accumulate_(torch.zeros(5, 4), torch.randn(3, 4), torch.randn(3, 5).half()), "share one"),
         (lambda: declared.accumulate_(torch.zeros(4, 5), torch.randn(3, 4), torch.randn(3, 5)), r"\(5, 4\)"),
         (lambda: declared.orthonormalize(torch.randn(3, 4)), "m >= k"),
         (lambda: declared.orthonormalize(torch.randn(4, 3).double()), "float32"),
+        (lambda: declared.basis(torch.randn(3, 4)), "m >= k"),
+        (lambda: declared.basis(torch.randn(4, 3).half()), "float32"),
         (lambda: declared.subspace(torch.randn(3, 4), 2, 1, [0]), r"\(b, m, n\)"),
         (lambda: declared.subspace(torch.randn(1, 5, 4), 5, 1, [0]), "min"),
         (lambda: declared.subspace(torch.randn(2, 5, 4), 2, 1, [0]), "2 seeds"),
         (lambda: declared.small_svd(torch.randn(3, 4)), "k, k"),
-        (lambda: declared.cholesky_inverse(torch.eye(3)), "float64"),
+        (lambda: declared.cholesky_inverse(torch.eye(3).half()), "float32 or float64"),
         (
             lambda: declared.cholesky_inverse(torch.eye(3).double(), -1.0),
             "shift must be finite and not negative, got -1",
@@ -155,77 +125,23 @@ def test_test_matrix_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "n", "m"), SHAPES)
-def test_products_against_float64(tokens, n, m, dtype):
-    """No worse than the eager product in the same dtype, up to a small constant."""
-    x, dy = pair(tokens, n, m, dtype)
-    v, q = torch.randn(n, 4), torch.randn(m, 4)
-    exact = dy.double().T @ x.double()
-    for ours, truth, eager in (
-        (declared.left_product(x, dy, v), exact @ v.double(), dy.T @ (x @ v.to(dtype))),
-        (declared.right_product(x, dy, q), q.double().T @ exact, (dy @ q.to(dtype)).T @ x),
-    ):
-        assert ours.dtype == torch.float32
-        bound = (eager.double() - truth).norm() + 1e-6 * truth.norm()
-        assert (ours.double() - truth).norm() <= 1.5 * bound
-
-
-@pytest.mark.parametrize("units", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounded_products_are_as_good_as_bfloat16(monkeypatch, units, dtype):
-    """On a CPU with bfloat16 units and on one without: what the product is added to keeps its digits."""
-    monkeypatch.setattr(reference, "has_bfloat16_units", lambda device: units)
-    x, dy = pair(700, 96, 80, dtype)
-    v, q, zv, w, c, z = (torch.randn(*shape) for shape in ((96, 24), (80, 24), (24, 24), (80, 24), (24, 24), (24, 96)))
-    gradient = dy.double().T @ x.double()
-    for ours, product, onto in (
-        (
-            declared.left_product(x, dy, v, 0.5, rounded=True, onto=(q, 1e6 * zv)),
-            0.5 * gradient @ v.double(),
-            1e6 * q.double() @ zv.double(),
-        ),
-        (
-            declared.right_product(x, dy, w, 0.5, rounded=True, onto=(c, 1e6 * z)),
-            0.5 * w.double().T @ gradient,
-            1e6 * c.double() @ z.double(),
-        ),
-    ):
-        error = (ours.double() - product - onto).norm()
-        assert ours.dtype == torch.float32
-        assert error <= 2.0**-7 * product.norm() + 1e-7 * onto.norm()
-        if dtype == torch.float32 and not units:
-            assert error <= 1e-6 * product.norm() + 1e-7 * onto.norm()
-
-
-@pytest.mark.parametrize(("tokens", "n", "m"), SHAPES)
-def test_products_onto_a_sum(tokens, n, m):
-    """scale · G V + Q (Z V), where columns beyond those of Z V see G only, and scale · QᵀG + C Z."""
-    x, dy = pair(tokens, n, m, torch.float32)
-    v, q, zv, c, z = (torch.randn(*shape) for shape in ((n, 5), (m, 4), (4, 3), (4, 4), (4, n)))
-    exact = dy.double().T @ x.double()
-    left = 0.5 * exact @ v.double()
-    left[:, :3] += q.double() @ zv.double()
-    right = 0.5 * q.double().T @ exact + c.double() @ z.double()
-    assert (declared.left_product(x, dy, v, 0.5, onto=(q, zv)).double() - left).norm() <= 1e-6 * left.norm()
-    assert (declared.right_product(x, dy, q, 0.5, onto=(c, z)).double() - right).norm() <= 1e-6 * right.norm()
-
-
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("poison", [None, 1, 2])
-def test_commit_is_all_or_nothing(poison):
-    """The poisoned entry sits in new_z (1) or in a probe's column of left (2)."""
+@pytest.mark.parametrize("b", [1, 3])
+def test_commit_is_all_or_nothing_in_each_layer(b, poison, bad):
+    """The poisoned entry of the last layer is in new_z (1), or in the column of `left` that belongs to a probe (2)."""
     (m, n, k, p) = (7, 9, 3, 2)
-    old = [torch.randn(m, k), torch.randn(k, n), torch.randn(m, p)]
-    new = [torch.randn(m, k), torch.randn(k, n), torch.randn(m, k + p).t().contiguous().t()]
+    old = [torch.randn(b, m, k), torch.randn(b, k, n), torch.randn(b, m, p)]
+    new = [torch.randn(b, m, k), torch.randn(b, k, n), torch.randn(b, k + p, m).mT]
     if poison is not None:
-        new[poison][-1, -1] = torch.inf
+        new[poison][-1, -1, -1] = bad
     state = [t.clone() for t in old]
     finite = declared.commit_(*state, *new)
-    kept = poison is not None
-    assert bool(finite) != kept
-    expected = old if kept else [new[0], new[1], old[2] + new[2][:, k:]]
-    for got, wanted in zip(state, expected, strict=True):
-        assert torch.equal(got, wanted)
+    assert finite.tolist() == [True] * (b - 1) + [poison is None]
+    for layer, replaced in enumerate(finite.tolist()):
+        fresh = [new[0][layer], new[1][layer], old[2][layer] + new[2][layer, :, k:]]
+        for got, kept, wanted in zip(state, old, fresh, strict=True):
+            assert torch.equal(got[layer], wanted if replaced else kept[layer])
 
 
 @pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])
@@ -251,11 +167,24 @@ def test_accumulate_leaves_a_poisoned_batch_out(bad, where):
     assert torch.equal(g, before)
 
 
-@pytest.mark.parametrize("shape", [(200, 80), (80, 80), (100, 80), (33, 7), (5, 5), (3, 1), (1, 1)])
-@pytest.mark.parametrize(
-    "kind",
-    ["zero", "rank one", "equal columns", "zero columns", "scaled columns", "tiny", "huge", "identity", "3", "7", "14"],
+KINDS = (
+    "zero",
+    "rank one",
+    "equal columns",
+    "zero columns",
+    "scaled columns",
+    "tiny",
+    "huge",
+    "identity",
+    "sparse",
+    "3",
+    "7",
+    "14",
 )
+
+
+@pytest.mark.parametrize("shape", [(200, 80), (80, 80), (100, 80), (33, 7), (5, 5), (3, 1), (1, 1)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_orthonormalize_any_input(shape, kind):
     y = tall(kind, *shape)
     q = declared.orthonormalize(y).double()
@@ -292,13 +221,60 @@ def test_orthonormalize_a_square_block_whose_jitter_cancels_a_direction(k):
     assert (q.mT @ q - torch.eye(k)).norm(2, dim=(-2, -1)).max() < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["zero", "rank one", "zero columns", "scaled columns", "3", "7"])
-def test_orthonormalize_without_refinement(kind):
-    """Full rank and well conditioned for any input, orthonormal for a good one."""
-    q = declared.orthonormalize(tall(kind, 200, 80), refine=False).double()
-    assert torch.linalg.cond(q) < 2
-    q = declared.orthonormalize(torch.randn(200, 80), refine=False).double()
-    assert (q.T @ q - torch.eye(80)).norm(2) < 1e-6
+@pytest.mark.parametrize("rows", [1, 13, 79, 200])
+@pytest.mark.parametrize("orthonormal", [declared.orthonormalize, declared.basis])
+def test_tall_blocks_with_few_rows(orthonormal, rows):
+    """The embedding of a large vocabulary of which a batch has few tokens: its Gram matrix cannot see the jitter."""
+    y = torch.zeros(49152, 80)
+    y[torch.randperm(len(y))[:rows]] = torch.randn(rows, 80)
+    q = orthonormal(y).double()
+    singular = torch.linalg.svdvals(q.T @ q).sqrt()
+    assert singular[0] < 1 + 1e-4
+    if orthonormal is declared.orthonormalize:
+        assert singular[-1] > 1 - 1e-6
+    else:  # directions that the block does not have are shorter, and there
+        assert (singular[: min(rows, 80)] > 0.99).all() and singular[-1] > 0.01
+    assert (y.double() - q @ torch.linalg.lstsq(q, y.double()).solution).norm() < 1e-4 * y.norm()
+
+
+@pytest.mark.parametrize("shape", [(200, 80), (80, 80), (33, 7), (3, 1), (1, 1)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_basis_any_input(layout, kind, shape):
+    """Directions above 1e-4 of the largest have length one to 1 %, none is longer, and the range is kept."""
+    y = tall(kind, *shape)
+    y = y if layout == "rows" else y.T.contiguous().T
+    q = declared.basis(y).double()
+    unit = y.double() / y.double().norm(dim=0).clamp_min(1e-300)
+    u, s, _ = torch.linalg.svd(unit, full_matrices=False)
+    strong = u[:, s > 1e-4 * s[0]] if s[0] > 0 else u[:, :0]
+    assert torch.linalg.svdvals(q)[0] < 1 + 1e-4
+    if strong.shape[1]:
+        assert torch.linalg.svdvals(q.T @ strong)[-1] > 0.99
+    assert q.isfinite().all() and q.is_contiguous()
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3])
+def test_basis_of_a_good_block_is_orthonormal(condition):
+    u, v = (torch.linalg.qr(torch.randn(size, 80, dtype=torch.float64)).Q for size in (700, 80))
+    y = (u * torch.logspace(0, -1, 80, base=condition, dtype=torch.float64) @ v.T).float()
+    q = declared.basis(y).double()
+    assert (q.T @ q - torch.eye(80)).norm(2) < (1e-4 if condition == 1e1 else 1e-2)
+
+
+def test_basis_of_a_batch_is_that_of_each_block():
+    y = torch.randn(3, 90, 20)
+    y[1] = 0
+    for one, of_batch in zip(y, declared.basis(y), strict=True):
+        assert torch.equal(declared.basis(one), of_batch)
+
+
+def test_cached_directions_are_those_of_the_shape_and_can_be_freed():
+    q = declared.basis(torch.zeros(50, 3))
+    assert torch.allclose(q, reference.directions(50, 3, q.device), atol=1e-6)
+    assert reference._cached_directions.cache_info().currsize > 0
+    reference.forget()
+    assert reference._cached_directions.cache_info().currsize == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -385,6 +361,16 @@ def test_small_svd_of_nan_neither_raises_nor_looks_sound():
     assert s[0].isnan().all() and s[1].isfinite().all()
 
 
+@pytest.mark.parametrize("k", [1, 7, 80, 300])
+def test_cholesky_inverse_in_float32(k):
+    y = torch.randn(3, 2 * k + 3, k)
+    gram = y.mT @ y
+    inverse = declared.cholesky_inverse(gram, 1e-7)
+    exact = torch.linalg.inv(torch.linalg.cholesky(gram.double() + 1e-7 * k * (2 * k + 3) * torch.eye(k)))
+    assert inverse.dtype == torch.float32 and torch.equal(inverse, inverse.tril())
+    assert (inverse - exact).norm() < 1e-4 * exact.norm()
+
+
 @pytest.mark.parametrize("condition", [1e2, 1e10])
 @pytest.mark.parametrize("k", [1, 7, 80])
 def test_cholesky_inverse(k, condition):
@@ -397,8 +383,9 @@ def test_cholesky_inverse(k, condition):
     assert (inverse @ (gram + 1e-12 * trace * eye) @ inverse.mT - eye).abs().max() < 1e-13 * k * condition
 
 
-def test_cholesky_inverse_of_what_has_none_is_nan():
-    bad = torch.eye(4, dtype=torch.float64).repeat(5, 1, 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cholesky_inverse_of_what_has_none_is_nan(dtype):
+    bad = torch.eye(4, dtype=dtype).repeat(5, 1, 1)
     bad[1, 2, 2], bad[2, 0, 0], bad[3, 3, 0], bad[4, 0, 0] = -1.0, 0.0, torch.nan, torch.inf
     inverse = declared.cholesky_inverse(bad)
     assert torch.equal(inverse[0], bad[0]) and inverse[1:].isnan().all()
