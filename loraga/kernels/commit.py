@@ -1,9 +1,10 @@
-"""The end of a streaming update: take over the new state if all of it is finite, keep the old one otherwise.
+"""The end of an update of a batch of layers: each takes over its new state if all of it is finite, else keeps the old.
 
-    finite = all entries of Y and Z' are finite
-    Q, Z, probed  <-  Q', Z', probed + Y[:, k:]   if finite
+    finite[i] = all entries of Y_i and Z'_i are finite
+    Q_i, Z_i, probed_i  <-  Q'_i, Z'_i, probed_i + Y_i[:, k:]   if finite[i]
 
-Two launches and no wait for the host: flags per program, then the copy, each program of which reads all flags.
+Two launches whatever the batch, and no wait for the host: flags per program, then the copy, each program of which reads
+all flags of its layer.
 """
 
 from __future__ import annotations
@@ -15,29 +16,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraga.kernels.accumulate import all_set
-from loraga.kernels.common import Build
+from loraga.kernels.common import Build, all_set, blocks_of
 from loraga.ops import reference
 
 commit_reference = reference.commit_
 
-_FLAGS = 1024
+_FLAGS = 256  # at most so many programs look for NaN and Inf in one layer
 _BLOCK = 1024
 
 
 @triton.jit
-def _finite_kernel(left_ptr, z_ptr, flags_ptr, left_size, z_size, BLOCK: tl.constexpr):
-    """flags[program] = are its blocks of two contiguous arrays free of NaN and Inf?"""
-    finite = tl.full((BLOCK,), 1, dtype=tl.int32)
-    for start in range(tl.program_id(0) * BLOCK, left_size, tl.num_programs(0) * BLOCK):
-        offsets = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        value = tl.load(left_ptr + offsets, mask=offsets < left_size, other=0.0)
-        finite = tl.where(tl.abs(value) < float("inf"), finite, 0)  # false for NaN too
-    for start in range(tl.program_id(0) * BLOCK, z_size, tl.num_programs(0) * BLOCK):
-        offsets = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        value = tl.load(z_ptr + offsets, mask=offsets < z_size, other=0.0)
-        finite = tl.where(tl.abs(value) < float("inf"), finite, 0)
-    tl.store(flags_ptr + tl.program_id(0), tl.min(finite, axis=0))
+def _still_finite(finite, ptr, size, BLOCK: tl.constexpr):
+    """`finite` (BLOCK,), with false wherever this program meets a NaN or Inf among `size` contiguous numbers.
+
+    The programs of axis 0 share the blocks.
+    """
+    for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        value = tl.load(ptr + offsets, mask=offsets < size, other=0.0)
+        finite = finite & (tl.abs(value) < float("inf"))  # false for NaN too
+    return finite
+
+
+@triton.jit
+def _finite_kernel(left_ptr, z_ptr, flags_ptr, left_size, z_size, stride_lb, BLOCK: tl.constexpr):
+    """flags[layer, program] = are its blocks of Y and Z' free of NaN and Inf?"""
+    layer = tl.program_id(1).to(tl.int64)
+    finite = tl.full((BLOCK,), 1, dtype=tl.int1)
+    finite = _still_finite(finite, left_ptr + layer * stride_lb, left_size, BLOCK)
+    finite = _still_finite(finite, z_ptr + layer * z_size, z_size, BLOCK)
+    flag = tl.min(finite.to(tl.int32), axis=0)
+    tl.store(flags_ptr + layer * tl.num_programs(0) + tl.program_id(0), flag)
 
 
 @triton.jit
@@ -56,37 +65,46 @@ def _commit_kernel(
     probed_size,
     k,
     probes,
+    stride_lb,
     stride_lm,
     stride_lk,
     BLOCK: tl.constexpr,
     FLAGS: tl.constexpr,
 ):
-    keep = all_set(flags_ptr, flags, FLAGS)
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """Q, Z and probed of a layer, contiguous, from Q', Z' and Y; finite[layer] = was it done?"""
+    layer = tl.program_id(1).to(tl.int64)
+    keep = all_set(flags_ptr + layer * flags, flags, FLAGS)
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = (offsets < q_size) & keep
-    tl.store(q_ptr + offsets, tl.load(new_q_ptr + offsets, mask=inside, other=0.0), mask=inside)
+    new_q = tl.load(new_q_ptr + layer * q_size + offsets, mask=inside, other=0.0)
+    tl.store(q_ptr + layer * q_size + offsets, new_q, mask=inside)
     inside = (offsets < z_size) & keep
-    tl.store(z_ptr + offsets, tl.load(new_z_ptr + offsets, mask=inside, other=0.0), mask=inside)
+    new_z = tl.load(new_z_ptr + layer * z_size + offsets, mask=inside, other=0.0)
+    tl.store(z_ptr + layer * z_size + offsets, new_z, mask=inside)
     inside = (offsets < probed_size) & keep
-    left = left_ptr + (offsets // probes) * stride_lm + (k + offsets % probes) * stride_lk
+    row = (offsets // probes).to(tl.int64)
+    column = (k + offsets % probes).to(tl.int64)
+    left = left_ptr + layer * stride_lb + row * stride_lm + column * stride_lk
+    probed_ptr += layer * probed_size
     total = tl.load(probed_ptr + offsets, mask=inside, other=0.0) + tl.load(left, mask=inside, other=0.0)
     tl.store(probed_ptr + offsets, total, mask=inside)
     if tl.program_id(0) == 0:
-        tl.store(finite_ptr, keep.to(tl.int8))
+        tl.store(finite_ptr + layer, keep.to(tl.int8))
 
 
 def commit(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, left: Tensor) -> Tensor:
-    """See `ops.declared.commit_`. All float32; q, z, probed, new_q and new_z contiguous, left dense in either order."""
-    if not left.is_contiguous() and not left.t().is_contiguous():
+    """See `ops.declared.commit_`: (b,) bool. `left` is copied first unless every layer of it is dense in some order."""
+    layers, k, probes = len(q), q.shape[2], probed.shape[2]
+    finite = torch.empty(layers, dtype=torch.int8, device=q.device)
+    if layers == 0:
+        return finite.view(torch.bool)
+    if not left[0].is_contiguous() and not left[0].t().is_contiguous():
         left = left.contiguous()
-    largest = max(left.numel(), new_z.numel())
-    programs = max(1, min(_FLAGS, triton.cdiv(largest, _BLOCK)))
-    flags = torch.empty(programs, dtype=torch.int32, device=q.device)
-    finite = torch.empty((), dtype=torch.int8, device=q.device)
-    _finite_kernel[(programs,)](left, new_z, flags, left.numel(), new_z.numel(), BLOCK=_BLOCK)
-    k, probes = q.shape[1], probed.shape[1]
-    blocks = triton.cdiv(max(q.numel(), z.numel(), probed.numel(), 1), _BLOCK)
-    _commit_kernel[(blocks,)](
+    left_size, q_size, z_size, probed_size = (t.numel() // layers for t in (left, q, z, probed))
+    programs = max(1, min(_FLAGS, blocks_of(max(left_size, z_size), _BLOCK)))
+    flags = torch.empty(layers, programs, dtype=torch.int32, device=q.device)
+    _finite_kernel[(programs, layers)](left, new_z, flags, left_size, z_size, left.stride(0), BLOCK=_BLOCK)
+    _commit_kernel[(max(1, blocks_of(max(q_size, z_size, probed_size), _BLOCK)), layers)](
         q,
         z,
         probed,
@@ -96,9 +114,9 @@ def commit(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, l
         flags,
         finite,
         programs,
-        q.numel(),
-        z.numel(),
-        probed.numel(),
+        q_size,
+        z_size,
+        probed_size,
         k,
         max(probes, 1),
         *left.stride(),
@@ -109,20 +127,20 @@ def commit(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, l
 
 
 def builds(arch: int) -> Iterator[Build]:
+    sizes = {"left_size": "i32", "z_size": "i32", "stride_lb": "i32"}
     yield Build(
         "commit: finite",
         _finite_kernel,
-        {"left_ptr": "*fp32", "z_ptr": "*fp32", "flags_ptr": "*i32", "left_size": "i32", "z_size": "i32"},
+        {"left_ptr": "*fp32", "z_ptr": "*fp32", "flags_ptr": "*i32"} | sizes,
         {"BLOCK": _BLOCK},
+        multiples=tuple(sizes),
     )
     arrays = ["q_ptr", "z_ptr", "probed_ptr", "new_q_ptr", "new_z_ptr", "left_ptr"]
-    sizes = ["flags", "q_size", "z_size", "probed_size", "k", "probes"]
+    sizes = dict.fromkeys(["q_size", "z_size", "probed_size", "k", "probes", "stride_lb", "stride_lk"], "i32")
     yield Build(
         "commit",
         _commit_kernel,
-        dict.fromkeys(arrays, "*fp32")
-        | {"flags_ptr": "*i32", "finite_ptr": "*i8"}
-        | dict.fromkeys(sizes, "i32")
-        | {"stride_lm": "i64", "stride_lk": "i64"},
-        {"BLOCK": _BLOCK, "FLAGS": _FLAGS},
+        dict.fromkeys(arrays, "*fp32") | {"flags_ptr": "*i32", "finite_ptr": "*i8", "flags": "i32"} | sizes,
+        {"BLOCK": _BLOCK, "FLAGS": _FLAGS, "stride_lm": 1},
+        multiples=tuple(sizes),
     )

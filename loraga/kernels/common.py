@@ -57,6 +57,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def blocks_of(size: int, block: int) -> int:
+    """size / block, rounded up (`triton.cdiv` takes the host five microseconds)."""
+    return -(-size // block)
+
+
 def is_aligned(*operands: Tensor) -> bool:
     """Are rows contiguous, multiples of 16 long and apart? Loads are then wide and run ahead of their use."""
     return all(t.stride(-1) == 1 and t.shape[-1] % 16 == 0 and t.stride(-2) % 16 == 0 for t in operands)
@@ -71,6 +76,13 @@ def splits_for(programs: int, steps: int, device: torch.device) -> int:
     while programs * splits < processors(device) and 8 * splits <= steps and splits < 64:
         splits *= 2
     return splits
+
+
+@triton.jit
+def all_set(flags_ptr, count, FLAGS: tl.constexpr):
+    """Are all `count` flags, at most FLAGS, one? A bool."""
+    offsets = tl.arange(0, FLAGS)
+    return tl.min(tl.load(flags_ptr + offsets, mask=offsets < count, other=1), axis=0) != 0
 
 
 @triton.jit

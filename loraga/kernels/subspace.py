@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraga.kernels.orthonormalize import orthonormalize
+from loraga.kernels.basis import basis
 from loraga.kernels.random import fill
 from loraga.kernels.thin import fold, project
-from loraga.ops import reference
+from loraga.ops import declared, reference
 
 subspace_reference = reference.subspace
 
@@ -32,10 +32,10 @@ def subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[
             fill(out, seed)
         y = project(g, omega.to(g.dtype))
     for _ in range(iterations):
-        q = orthonormalize(y, refine=False)
-        v = orthonormalize(fold(g, q.to(g.dtype)), refine=False)
+        q = basis(y)
+        v = basis(fold(g, q.to(g.dtype)))
         y = project(g, v.to(g.dtype))
-    q = orthonormalize(y, refine=True)
+    q = declared.orthonormalize(y)
     if g.dtype == torch.float32:
         return q, fold(g, q, transposed=True)
     # what rounding Q to a half type leaves goes in as columns of their own: see the reference

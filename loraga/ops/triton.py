@@ -20,7 +20,9 @@ from loraga.ops.declared import implement
 # op: (file of loraga/kernels, launcher, how many of the first arguments are the large ones)
 LAUNCHERS = {
     "test_matrix_": ("random", "fill", 1),
+    "commit_": ("commit", "commit", 2),
     "accumulate_": ("accumulate", "accumulate", 3),
+    "basis": ("basis", "basis", 1),
     "subspace": ("subspace", "subspace", 1),
 }
 

@@ -15,10 +15,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loraga.kernels import accumulate, commit, orthonormalize, random, thin
+from loraga.kernels import accumulate, commit, random, thin
 from loraga.kernels.common import INTERPRETED, Build, sum_builds
 
-FAMILIES = (accumulate, thin, random, commit, orthonormalize)
+FAMILIES = (accumulate, thin, random, commit)
 # Shared memory that one program may take, bytes: 86, 89 and 120 run the entries of 80 with less than an A100 has.
 SHARED_LIMIT = {80: 99 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 

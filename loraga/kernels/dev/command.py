@@ -1,4 +1,4 @@
-"""`python -m loraga.kernels.dev`: compile every kernel ahead of time; `tune`: search block sizes."""
+"""`python -m loraga.kernels.dev`: compile every kernel ahead of time."""
 
 from __future__ import annotations
 
@@ -11,21 +11,9 @@ from functools import partial
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loraga.kernels.dev", description=__doc__)
-    commands = parser.add_subparsers(dest="command")
-    compiling = commands.add_parser("compile", help="compile for architectures without a GPU (the default)")
-    compiling.add_argument("arch", type=int, nargs="*", help="compute capabilities: 80, 90, 100 (all)")
-    tuning = commands.add_parser("tune", help="search block sizes on the GPU here and store the winners in tuning.json")
-    tuning.add_argument("--seconds", type=float, default=300.0, help="stop the search after about this long")
-    argv = sys.argv[1:] if arguments is None else arguments
-    if not argv or argv[0].isdigit():
-        argv = ["compile", *argv]
-    options = parser.parse_args(argv)
+    parser.add_argument("arch", type=int, nargs="*", help="compute capabilities: 80, 90, 100 (all)")
+    options = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "0"  # read when Triton is imported, below
-    if options.command == "tune":
-        from loraga.kernels.dev.search import tune
-
-        tune(options.seconds)
-        return 0
     return _compile(options.arch)
 
 
