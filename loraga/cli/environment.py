@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from loraga.ops import native_core
+from loraga.ops.calibration import file_in_use
+from loraga.ops.device_facts import facts_of
+from loraga.ops.triton import selection
 from loraga.report.report import versions
+from loraga.report.text import kernel_lines
 
 
 def environment() -> dict[str, Any]:
     """Everything that decides which code of loraga runs here, as plain values for JSON.
 
+    Kernels that were never used on a device are checked, which takes seconds where they have to be compiled.
+
     Returns:
         `dict`: `versions` by library (`None` where one is missing), `platform`, `devices` (a description by name),
-        `triton` (`usable`, and `reason` where it is not), and `native` (`devices`, with `usable` and `reason` for each
-        of them, and `build`, the options that it was built with, or `None`).
+        `triton` (`usable`, and `reason` where it is not), `kernels` (for each CUDA device what runs each op, "triton"
+        or "torch: " and the reason), `calibration` (for each CUDA device the file of `loraga calibrate` that is in use,
+        or `None`), and `native` (`devices`, with `usable` and `reason` for each of them, and `build`, the options that
+        it was built with, or `None`).
+
+    Raises:
+        ValueError: LORAGA_TRITON is neither 0 nor 1.
     """
     devices = _devices()
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    files = {str(gpu): _text(file_in_use(facts_of(gpu), selection.ops)) for gpu in gpus}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reasons are part of the result
+        kernels = selection.report(gpus)
     native = {name: native_core.why_unavailable(name) for name in devices}
     return {
         "versions": {"python": platform.python_version(), **versions()},
         "platform": platform.platform(),
         "devices": devices,
         "triton": _state(_why_no_triton()),
+        "kernels": kernels,
+        "calibration": files,
         "native": {
             "devices": {name: _state(reason) for name, reason in native.items()},
             "build": native_core.build_info() if native_core.available() else None,
@@ -40,6 +60,8 @@ def describe(found: dict[str, Any]) -> str:
     lines = [versions_line, found["platform"], "devices:"]
     lines += [f"  {name}: {text}" for name, text in found["devices"].items()]
     lines.append(f"Triton kernels: {_yes(found['triton'])}")
+    lines += [f"  {line}" for line in kernel_lines(found["kernels"])]
+    lines += [f"  {gpu}: chosen by {file}" for gpu, file in found["calibration"].items() if file]
     lines.append("native core:")
     lines += [f"  {name}: {_yes(state)}" for name, state in found["native"]["devices"].items()]
     if found["native"]["build"]:
@@ -50,6 +72,10 @@ def describe(found: dict[str, Any]) -> str:
 
 def _state(reason: str | None) -> dict[str, Any]:
     return {"usable": reason is None, "reason": reason}
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _yes(state: dict[str, Any]) -> str:

@@ -1,80 +1,75 @@
-"""CUDA devices: each op runs its Triton kernel where that was measured to be faster, else plain torch.
+"""CUDA devices: each op runs its Triton kernel, unless `selection` says that torch runs it.
 
-Triton and the kernels are imported when a kernel is picked for the first time. Where Triton does not work, plain torch
-runs every op.
+Triton and the kernels are imported when a kernel is used for the first time.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-import warnings
 from typing import Any
 
 import torch
 
-from loraga.kernels import choice
-from loraga.ops import reference
+from loraga.ops import first_use, reference
+from loraga.ops.calibration import stored
 from loraga.ops.declared import implement
+from loraga.ops.device_facts import facts_of
+from loraga.ops.selection import TORCH, Selection
 
-# op: (file of loraga/kernels, launcher, how many of the first arguments are the large ones)
+# op: (file of loraga/kernels, launcher)
 LAUNCHERS = {
-    "test_matrix_": ("random", "fill", 1),
-    "commit_": ("commit", "commit", 2),
-    "accumulate_": ("accumulate", "accumulate", 3),
-    "basis": ("basis", "basis", 1),
-    "subspace": ("subspace", "subspace", 1),
+    "test_matrix_": ("random", "fill"),
+    "basis": ("basis", "basis"),
+    "commit_": ("commit", "commit"),
+    "accumulate_": ("accumulate", "accumulate"),
+    "subspace": ("subspace", "subspace"),
 }
 
 
-@functools.cache
-def _arch(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def launcher(op: str) -> Any:
+    """The function that launches the kernels of `op`."""
+    family, name = LAUNCHERS[op]
+    return getattr(importlib.import_module(f"loraga.kernels.{family}"), name)
 
 
-def launcher_for(op: str, large: tuple[torch.Tensor, ...], arch: int) -> Any:
-    """The kernel launcher for these operands on compute capability `arch`, or the reference where that is faster.
+def _problem(op: str, device: torch.device) -> str:
+    with torch.cuda.device(device):
+        return first_use.problem(op, lambda *args: launcher(op)(*args), device)
 
-    `arch` is 10 · major + minor. The table of measurements is indexed by the bits per number of the last operand: for
-    `accumulate_`, whose first operand is the buffer, these are the bits of x and dy.
+
+selection = Selection(LAUNCHERS, _problem, facts_of, stored)
+
+
+def run(op: str, device: torch.device, *args: Any) -> Any:
+    """The result of `op` by its kernel, or by torch where that is chosen or the kernel cannot be launched.
+
+    A launcher writes to its operands in its last launch only, and the errors that are caught come before the start of
+    a launch. So the operands are untouched when torch takes over.
     """
-    if not choice.picks(op, arch, large[-1], choice.work(*large)) or not _works(large[-1].device):
-        return getattr(reference, op)
-    family, launcher, _ = LAUNCHERS[op]
-    return getattr(importlib.import_module(f"loraga.kernels.{family}"), launcher)
-
-
-@functools.cache
-def _works(device: torch.device) -> bool:
-    """Whether Triton can build and launch a kernel on `device`: it needs a C compiler, for example.
-
-    If not, the first call warns with the reason.
-    """
+    if selection.chosen(op, device).runs == TORCH:
+        return getattr(reference, op)(*args)
     try:
-        from loraga.kernels import random
-
-        random.fill(torch.empty(4, device=device), 0)
+        return launcher(op)(*args)
     except Exception as error:
-        if choice.forced():
+        if not _before_the_start(error) or not selection.gives_up(op, device, error):
             raise
-        warnings.warn(
-            f"Triton cannot run kernels on {device} ({type(error).__name__}: {error}); loraga takes torch operations "
-            "there. LORAGA_TRITON=0 does so without trying, LORAGA_TRITON=1 shows the whole error.",
-            stacklevel=2,
-        )
+    return getattr(reference, op)(*args)
+
+
+def _before_the_start(error: Exception) -> bool:
+    try:
+        from loraga.kernels.launch_errors import BEFORE_THE_START
+    except ImportError:  # there is no Triton, which is what `error` says
         return False
-    return True
+    return isinstance(error, BEFORE_THE_START)
 
 
 def _register(op: str) -> None:
-    count = LAUNCHERS[op][2]
-
     @implement(op, "CUDA")
-    def run(*args: Any) -> Any:
+    def on_cuda(*args: Any) -> Any:
         device = args[0].device
         with torch.cuda.device(device):  # Triton launches on the current device
-            return launcher_for(op, args[:count], _arch(device))(*args)
+            return run(op, device, *args)
 
 
 for _op in LAUNCHERS:

@@ -9,6 +9,7 @@ from typing import Protocol
 from loraga._messages import listed
 from loraga.capture.run import Estimation
 from loraga.config import InitConfig
+from loraga.ops.triton import selection
 from loraga.report.report import INITIALISED, ORDINARY, TIED, InitReport, LayerReport, effective_rank
 
 
@@ -41,6 +42,7 @@ def report_of(
         seed=seed,
         ranks=estimation.ranks,
         reduced_bytes=estimation.reduced_bytes,
+        kernels=selection.report(),
     )
 
 

@@ -120,6 +120,8 @@ class InitReport:
         seed (`int`): of the random numbers used.
         ranks (`int`): processes that took part.
         reduced_bytes (`int`): bytes that this rank gave to reductions and broadcasts among the ranks.
+        kernels (`dict[str, dict[str, str]]`): what ran each op that has a Triton kernel, for each CUDA device of this
+            rank: "triton", or "torch: " and the reason (docs/kernels.md). Empty without a CUDA device.
     """
 
     layers: list[LayerReport]
@@ -132,6 +134,7 @@ class InitReport:
     seed: int = 0
     ranks: int = 1
     reduced_bytes: int = 0
+    kernels: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def initialised(self) -> list[LayerReport]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,20 @@ def table(report: InitReport) -> str:
     """What `print(report)` shows: a table, the layers with an ordinary start and their reasons, and the totals."""
     layers = report.layers
     rows = _layer_table(layers) if len(layers) <= MAX_ROWS else [*_shape_table(layers), *_lowest_lines(layers)]
-    return "\n".join([*rows, "", *_ordinary_lines(report.ordinary), *_totals(report)])
+    return "\n".join([*rows, "", *_ordinary_lines(report.ordinary), *_totals(report), *kernel_lines(report.kernels)])
+
+
+def kernel_lines(kernels: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What ran the ops, one line for each device and reason: "cuda:0: triton for basis, commit_"."""
+    lines = []
+    for device, choices in kernels.items():
+        ops_by_choice: dict[str, list[str]] = defaultdict(list)
+        for op, choice in choices.items():
+            ops_by_choice[choice].append(op)
+        for choice, ops in ops_by_choice.items():
+            runs, _, reason = choice.partition(": ")
+            lines.append(f"{device}: {runs} for {', '.join(ops)}" + (f" ({reason})" if reason else ""))
+    return lines
 
 
 def module_type(name: str) -> str:
