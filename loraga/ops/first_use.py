@@ -32,7 +32,7 @@ def problem(op: str, run: Run, device: torch.device) -> str:
     """
     try:
         with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-            for error, allowed, what in _CHECKS[op](run, device):
+            for error, allowed, what in CHECKS[op](run, device):
                 if not error <= allowed:  # true for NaN
                     return f"wrong result: {what} has the error {error:.1e}, and {allowed:.1e} is allowed"
     except torch.OutOfMemoryError:
@@ -157,7 +157,7 @@ def _promises(g: Tensor, q: Tensor, z: Tensor) -> dict[str, float]:
     }
 
 
-_CHECKS: dict[str, Callable[[Run, torch.device], _Results]] = {
+CHECKS: dict[str, Callable[[Run, torch.device], _Results]] = {
     "test_matrix_": _test_matrix,
     "basis": _basis,
     "commit_": _commit,
