@@ -19,7 +19,7 @@ import torch
 # that is recorded below must be that of the loraga that runs.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-SETTINGS = re.compile("MALLOC_|GLIBC_TUNABLES|OMP_|MKL_|PYTORCH_")
+SETTINGS = re.compile("LORAGA_|MALLOC_|GLIBC_TUNABLES|OMP_|MKL_|PYTORCH_")
 
 
 @functools.cache

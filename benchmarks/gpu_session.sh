@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in three commands of nine minutes: builds, tests, measures, sanitizes.
+# Everything that only a GPU can tell, in three commands of nine minutes: builds, checks, sanitizes, then measures.
 #
-#   benchmarks/gpu_session.sh OUT build tests kernels sanitize    then, here: roofline.py --wins with kernels-gpu.json
-#   benchmarks/gpu_session.sh OUT build whole8 native rank128     so that whole runs take the kernels that won
-#   benchmarks/gpu_session.sh OUT build whole1 operations races
+#   benchmarks/gpu_session.sh OUT build choice tests sanitize kernels calibrate
+#   benchmarks/gpu_session.sh OUT build whole8 native rank128
+#   benchmarks/gpu_session.sh OUT build whole1 torch8 operations races
+#
+# Kernels that are wrong need no times: read the first three logs of the first command before the others. `choice` says
+# what runs each op here, and why; every other section uses these kernels, `torch8` none of them.
 #
 # Sections run in the order below, whatever the order of their names; without names all of them. Logs and JSON files are
 # written to WORK (/tmp/loraga-gpu), benchmarks after every row, and copied to OUT/gpu-session.tar.gz after every
@@ -17,13 +20,14 @@ mkdir -p "${1:?where results go}"
 out=$(cd "$1" && pwd)
 shift
 sections=("$@")
-[ ${#sections[@]} -gt 0 ] || sections=(build tests kernels sanitize whole8 native rank128 whole1 operations races)
+[ ${#sections[@]} -gt 0 ] || sections=(build choice tests sanitize kernels calibrate whole8 native rank128 whole1 torch8 operations races)
 work=${WORK:-/tmp/loraga-gpu}
 mkdir -p "$work"
 python=${PYTHON:-python3}
 failed=()
 child=
 export python PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TRITON_INTERPRET=0
+export XDG_CACHE_HOME="$work/cache" # no choice of an earlier user counts, and that of `calibrate` is brought back
 
 collect() {
     tar -czf "$work.tar.gz" -C "$work" . # a file may grow meanwhile, which tar calls a failure
@@ -78,13 +82,25 @@ if int(version.split(".")[0]) < 77:
     "$python" -c 'import sys; from loraga import _native; sys.exit(_native.why_unavailable("cuda"))' # or tests skip it
 }
 
+# Fails where a kernel fails its check at first use.
+choice() {
+    "$python" -m loraga env --json >"$work/env.json" && "$python" -m loraga env || return 1
+    ! grep -E '"torch: ' "$work/env.json"
+}
+
 # Not those that compile ahead of time or emulate threads: they need no GPU. Eight processes, as most of the time goes
 # into compiling kernels.
 tests() {
     local workers=()
     "$python" -c 'import xdist' && workers=(-n 8)
     OMP_NUM_THREADS=2 "$python" -m pytest -q --timeout 100 "${workers[@]}" --ignore tests/kernels/test_aot.py \
-        --ignore tests/native/test_cpp.py tests/kernels tests/native tests/test_cuda.py tests/estimators/test_host_buffers.py
+        --ignore tests/native/test_cpp.py tests/kernels tests/native tests/ops/test_first_use.py \
+        tests/ops/test_fallback.py tests/test_cuda.py tests/estimators/test_host_buffers.py
+}
+
+# What the measurement of a user's card finds here. The choices must not change what the sections after it measure.
+calibrate() {
+    "$python" -m loraga calibrate && mv "$XDG_CACHE_HOME"/loraga/kernels-*.json "$work/calibration.json"
 }
 
 # Every kernel on shapes that reach each branch, each tensor an allocation of its own, of which memcheck sees the ends.
@@ -114,12 +130,14 @@ whole() { # whole NAME SECONDS OPTION...
 }
 
 export work
-export -f build tests sanitize races
+export -f build choice tests sanitize calibrate races
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$work/device.txt"
 section build 80 bash -c build
+section choice 40 bash -c choice
 section tests 170 bash -c tests
-section kernels 190 "$python" benchmarks/roofline.py --output "$work/kernels-gpu.json"
 section sanitize 100 bash -c sanitize
+section kernels 110 "$python" benchmarks/roofline.py --output "$work/kernels-gpu.json"
+section calibrate 60 bash -c calibrate
 # The official procedure takes all gradients, 13 GB, to host memory in every micro-batch: with 64 of them it would need
 # five minutes, so it stands here with 8 of as many tokens in all.
 whole whole8 340 --rows 8 --batches 8 --check-layers 0 --cases floor loraga lora-step floor-checkpointed \
@@ -129,7 +147,8 @@ section native 50 "$python" benchmarks/native.py --device cuda --batches 1 32 --
 whole rank128 110 --rows 8 --batches 8 --rank 128 --check-layers --cases floor loraga lora-step
 whole whole1 240 --rows 1 --batches 64 --check-layers --cases floor loraga lora-step loraga-dense loraga-dense-host \
     peft-eva
-section operations 170 "$python" -m pytest -q -k "Llama-2-7B or 1024x4096 or small_svd" benchmarks/operations.py \
+LORAGA_TRITON=0 whole torch8 60 --rows 8 --batches 8 --check-layers --cases loraga loraga-dense
+section operations 110 "$python" -m pytest -q -k "Llama-2-7B or 1024x4096 or small_svd" benchmarks/operations.py \
     --benchmark-json "$work/operations-gpu.json"
 section races 90 bash -c races
 [ ${#failed[@]} -eq 0 ] || { echo "not done: ${failed[*]}"; exit 1; }

@@ -1,12 +1,12 @@
-"""Each kernel beside the best composition of torch and cuBLAS: time, share of the machine's ceilings, error.
+"""Each kernel beside the same op in torch and cuBLAS: time, share of the machine's ceilings, error.
 
     python benchmarks/roofline.py --output results.json               on a GPU: all rows, a few minutes
     python benchmarks/roofline.py --sizes tiny --output results.json  anywhere; kernel rows say why not
-    python benchmarks/roofline.py --wins results.json                rewrite loraga/kernels/wins.json from a result file
 
-Ceilings are measured in the same run: a large device copy (bytes read plus bytes written) and a large bfloat16 matrix
-product. Bytes count each operand read once and each result written once, so a share of the copy ceiling of 1 is the
-least time there is for an op bound by memory. Errors are against float64, relative to the largest entry.
+First each kernel is checked as at its first use; one that fails gets no row of its own. Ceilings are measured in the
+same run: a large device copy (bytes read plus bytes written) and a large bfloat16 matrix product. Bytes count each
+operand read once and each result written once, so a share of the copy ceiling of 1 is the least time there is for an op
+bound by memory. Errors are against float64, relative to the largest entry.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,12 +25,14 @@ import _machine
 import torch
 from torch import Tensor
 
-from loraga.estimators import LayerSpec, Streaming
+from loraga.estimators import LayerSpec, Streaming, sketch_width
 from loraga.linalg import truncated_svd
 from loraga.ops import declared
-from loraga.ops import triton as dispatch
+from loraga.ops.selection import TORCH, TRITON
+from loraga.ops.triton import selection
 
-WINS = Path(__file__).parents[1] / "loraga" / "kernels" / "wins.json"
+GROUP = 8  # layers of one shape that are updated together
+PROBES = 16
 # (tokens, m, n, rank of the sketch's triplets): layers of Llama-2-7B, Llama-3-8B (k, v of GQA) and MiniLM
 SIZES = {
     "full": [
@@ -55,7 +56,6 @@ class Case:
     shape: dict[str, int]
     dtype: torch.dtype
     run: Callable[[], Any]
-    large: tuple[Tensor, ...]  # the operands that the dispatcher weighs
     moved: int
     flops: int
     error: Callable[[Any], float] | None = None
@@ -63,104 +63,83 @@ class Case:
 
 
 def cases(sizes: list[tuple[int, int, int, int]], device: torch.device) -> Iterator[Case]:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-    sample = slice(0, 64)  # rows of the result that are held against float64
-    seen: set[tuple[Any, ...]] = set()  # what depends on fewer sizes than the products comes once
+    seen: set[tuple[Any, ...]] = set()  # what depends on fewer sizes comes once
     for tokens, m, n, rank in sizes:
-        k = max(4 * rank, rank + 64)
         for dtype in (torch.bfloat16, torch.float32):
-            shape = {"tokens": tokens, "m": m, "n": n, "k": k}
-            item = dtype.itemsize
-            x, dy = normal(tokens, n, dtype=dtype), normal(tokens, m, dtype=dtype)
-            v, q, z = normal(n, k + 8), normal(m, k), normal(k, n)
-            zv, c = normal(k, k), normal(k, k)
-            left = dy[:, sample].double().mT @ (x.double() @ v.to(dtype).double())
-            left[:, :k] += q[sample].double() @ zv.double()
-            yield Case(
-                "left_product",
-                shape,
-                dtype,
-                lambda x=x, dy=dy, v=v, q=q, zv=zv: declared.left_product(x, dy, v, onto=(q, zv)),
-                (x, dy),
-                item * tokens * (m + n) + 4 * (n * (k + 8) + m * (2 * k + 8)),
-                2 * tokens * (k + 8) * (m + n) + 2 * m * k * k,
-                lambda out, truth=left: relative(out[sample], truth),
-            )
-            right = (dy.double() @ q.to(dtype).double()).mT @ x[:, sample].double() + c.double() @ z[:, sample].double()
-            yield Case(
-                "right_product",
-                shape,
-                dtype,
-                lambda x=x, dy=dy, q=q, c=c, z=z: declared.right_product(x, dy, q, onto=(c, z)),
-                (x, dy),
-                item * tokens * (m + n) + 4 * (m * k + 2 * n * k),
-                2 * tokens * k * (m + n) + 2 * n * k * k,
-                lambda out, truth=right: relative(out[:, sample], truth),
-            )
-            g = torch.zeros(m, n, dtype=torch.bfloat16, device=device)
-            product = dy[:, sample].double().mT @ x.double()
-
-            def accumulated(g: Tensor = g, x: Tensor = x, dy: Tensor = dy) -> Tensor:
-                declared.accumulate_(g, x, dy)
-                return g
-
-            def accumulation_error(out: Tensor, truth: Tensor = product, run: Callable = accumulated) -> float:
-                out.zero_()
-                return relative(run()[sample], truth)
-
-            yield Case(
-                "accumulate_",
-                shape,
-                dtype,
-                accumulated,
-                (x, dy, g),
-                item * tokens * (m + n) + 4 * m * n,
-                2 * tokens * m * n,
-                accumulation_error,
-                (lambda g=g, x=x, dy=dy: g.addmm_(dy.t(), x)) if dtype == g.dtype else None,
-            )
-            state = [normal(m, k), normal(k, n), normal(m, 8)]
-            fresh = [normal(m, k), normal(k, n), normal(m, k + 8)]
-            if dtype == torch.float32 and (m, n, k) not in seen:
-                seen.add((m, n, k))
-                yield Case(
-                    "commit_",
-                    shape,
-                    dtype,
-                    lambda s=state, f=fresh: declared.commit_(*s, *f),
-                    (state[0], state[1]),
-                    4 * (3 * m * k + 3 * k * n + 4 * m * 8),
-                    0,
-                )
-                y = normal(m, k)
-                yield Case(
-                    "orthonormalize",
-                    {"m": m, "k": k},
-                    dtype,
-                    lambda y=y: declared.orthonormalize(y, refine=True),
-                    (y,),
-                    8 * m * k,
-                    8 * m * k * k,
-                    orthogonality,
-                    lambda y=y: torch.linalg.qr(y).Q,
-                )
-                out = torch.empty(n, k, device=device)
-                yield Case(
-                    "test_matrix_",
-                    {"n": n, "k": k},
-                    dtype,
-                    lambda out=out: declared.test_matrix_(out, 1),
-                    (out,),
-                    4 * n * k,
-                    0,
-                )
+            yield accumulation_case(tokens, m, n, dtype, device)
             if (m, n, rank, dtype) not in seen:
-                seen.add((m, n, rank, dtype))
                 yield svd_case(m, n, rank, dtype, device)
+            seen.add((m, n, rank, dtype))
+        if (m, n, rank) not in seen:
+            yield from update_cases(m, n, rank, device)
+        seen.add((m, n, rank))
+
+
+def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=generator, device=generator.device).to(dtype)
+
+
+def accumulation_case(tokens: int, m: int, n: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """A micro-batch onto a bfloat16 buffer, beside the product alone, which adds NaN and Inf, too."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, dy = (normal(generator, tokens, width, dtype=dtype) for width in (n, m))
+    g = torch.zeros(m, n, dtype=torch.bfloat16, device=device)
+    sample = slice(0, 64)  # rows of the result that are held against float64
+    truth = dy[:, sample].double().mT @ x.double()
+
+    def accumulated() -> Tensor:
+        declared.accumulate_(g, x, dy)
+        return g
+
+    def error(out: Tensor) -> float:
+        out.zero_()
+        return relative(accumulated()[sample], truth)
+
+    return Case(
+        "accumulate_",
+        {"tokens": tokens, "m": m, "n": n},
+        dtype,
+        accumulated,
+        dtype.itemsize * tokens * (m + n) + 4 * m * n,
+        2 * tokens * m * n,
+        error,
+        (lambda: g.addmm_(dy.t(), x)) if dtype == g.dtype else None,
+    )
+
+
+def update_cases(m: int, n: int, rank: int, device: torch.device) -> Iterator[Case]:
+    """The ops of a streaming update of a group of layers."""
+    generator = torch.Generator(device).manual_seed(0)
+    k, b = sketch_width(rank), GROUP
+    state, fresh = (
+        [normal(generator, b, m, k), normal(generator, b, k, n), normal(generator, b, columns, m).mT]
+        for columns in (PROBES, k + PROBES)
+    )
+    state[2] = state[2].contiguous()
+    shape = {"layers": b, "m": m, "n": n, "k": k}
+    yield Case(
+        "commit_",
+        shape,
+        torch.float32,
+        lambda: declared.commit_(*state, *fresh),
+        # the new state is read and written, `left` read once for NaN and Inf, and its probes once more
+        4 * b * (2 * m * k + 3 * k * n + m * (k + PROBES) + 3 * m * PROBES),
+        0,
+    )
+    for rows in dict.fromkeys((m, n)):
+        y = normal(generator, b, k, rows).mT  # both blocks of an update are stored by columns
+        yield Case(
+            "basis",
+            {"layers": b, "m": rows, "k": k},
+            torch.float32,
+            lambda y=y: declared.basis(y),
+            8 * y.numel(),
+            8 * y.numel() * k,
+            orthogonality,
+            lambda y=y: torch.linalg.qr(y).Q,
+        )
+    out = torch.empty(n, k, device=device)
+    yield Case("test_matrix_", {"n": n, "k": k}, torch.float32, lambda: declared.test_matrix_(out, 1), 4 * n * k, 0)
 
 
 @functools.cache
@@ -195,7 +174,6 @@ def svd_case(m: int, n: int, rank: int, dtype: torch.dtype, device: torch.device
         {"m": m, "n": n, "rank": rank},
         dtype,
         lambda: truncated_svd(g, rank, seed=1),
-        (g[None],),
         10 * g.numel() * g.element_size(),
         0,
         lost,
@@ -208,7 +186,8 @@ def relative(out: Tensor, truth: Tensor) -> float:
 
 
 def orthogonality(q: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(q.double().mT @ q.double() - torch.eye(q.shape[1], device=q.device), 2))
+    skew = q.double().mT @ q.double() - torch.eye(q.shape[-1], device=q.device)
+    return float(torch.linalg.matrix_norm(skew, 2).max())
 
 
 def seconds(run: Callable[[], Any], device: torch.device, budget: float = 0.15) -> float:
@@ -242,12 +221,16 @@ def ceilings(device: torch.device) -> dict[str, float]:
     }
 
 
-def both(figures: Callable[[], dict[str, float]], device: torch.device) -> dict[str, Any]:
-    """`figures` of the reference, and of the kernel or why there are none: other rows are worth having."""
-    os.environ["LORAGA_TRITON"] = "0"
-    found: dict[str, Any] = {"torch": figures(), "kernel": "not measured: no CUDA device"}
-    if device.type == "cuda":
-        os.environ["LORAGA_TRITON"] = "1"
+def both(figures: Callable[[], dict[str, float]], op: str | None, problems: dict[str, str]) -> dict[str, Any]:
+    """`figures` with torch in place of every kernel, and with the kernels, or why there are none: other rows are worth
+    having. `op` is the one that is measured, `None` for all together."""
+    with selection.trial(dict.fromkeys(selection.ops, TORCH)):
+        found: dict[str, Any] = {"torch": figures()}
+    reasons = list(problems.values()) if op is None else [problems[op]]
+    if all(reasons):
+        return found | {"kernel": f"not measured: {reasons[0]}"}
+    usable = {name: TORCH if problem else TRITON for name, problem in problems.items()}
+    with selection.trial(usable):
         try:
             found["kernel"] = figures()
         except Exception as error:
@@ -255,10 +238,17 @@ def both(figures: Callable[[], dict[str, float]], device: torch.device) -> dict[
     return found
 
 
-def measure(case: Case, device: torch.device, limits: dict[str, float]) -> dict[str, Any]:
+def checked(device: torch.device) -> dict[str, str]:
+    """By op, what is wrong with its kernel on `device`: an empty string if nothing is."""
+    if device.type != "cuda":
+        return dict.fromkeys(selection.ops, "no CUDA device")
+    return {op: selection.unmeasured(op, device).reason for op in selection.ops}
+
+
+def measure(case: Case, device: torch.device, limits: dict[str, float], problems: dict[str, str]) -> dict[str, Any]:
     """The reference, the kernel and the rival of one case, on the same operands."""
     row: dict[str, Any] = {"op": case.op, **case.shape, "dtype": str(case.dtype).removeprefix("torch.")}
-    row |= {"large_bytes": sum(t.numel() * t.element_size() for t in case.large), "bytes": case.moved}
+    row |= {"bytes": case.moved}
     row |= {"flops": case.flops}
 
     def figures() -> dict[str, float]:
@@ -267,7 +257,7 @@ def measure(case: Case, device: torch.device, limits: dict[str, float]) -> dict[
         found["matmul_share"] = case.flops / taken / limits["matmul"]
         return found if case.error is None else found | {"error": case.error(case.run())}
 
-    row |= both(figures, device)
+    row |= both(figures, case.op, problems)
     if case.rival is not None:
         row["rival"] = {"seconds": seconds(case.rival, device)}
         if case.error is not None and case.op != "accumulate_":
@@ -275,21 +265,22 @@ def measure(case: Case, device: torch.device, limits: dict[str, float]) -> dict[
     return row
 
 
-def update_share(device: torch.device, tokens: int, width: int) -> dict[str, Any]:
-    """A streaming update beside the layer's own forward and activation backward, and what it is made of: launches."""
-    x, dy = (torch.randn(tokens, width, device=device).bfloat16() for _ in range(2))
-    w = torch.randn(width, width, device=device).bfloat16()
-    row: dict[str, Any] = {"tokens": tokens, "width": width, "rank": 16}
-    row["layer_seconds"] = seconds(lambda: (x @ w.t(), dy @ w), device)
+def update_share(device: torch.device, tokens: int, width: int, problems: dict[str, str]) -> dict[str, Any]:
+    """Streaming updates of a group beside the layers' own forward and activation backward, and their launches."""
+    generator = torch.Generator(device).manual_seed(0)
+    xs, dys = ([normal(generator, tokens, width, dtype=torch.bfloat16) for _ in range(GROUP)] for _ in range(2))
+    w = normal(generator, width, width, dtype=torch.bfloat16)
+    row: dict[str, Any] = {"layers": GROUP, "tokens": tokens, "width": width, "rank": 16}
+    row["layer_seconds"] = seconds(lambda: [(x @ w.t(), dy @ w) for x, dy in zip(xs, dys, strict=True)], device)
 
     def figures() -> dict[str, float]:
-        estimator = Streaming(LayerSpec("layer", width, width, 16, 1, device), 4)
-        estimator.update(x, dy)
-        taken = seconds(lambda: estimator.update(x, dy), device)
+        group = Streaming.together([LayerSpec(f"layer {i}", width, width, 16, i, device) for i in range(GROUP)])
+        Streaming.absorb(group, xs, dys)
+        taken = seconds(lambda: Streaming.absorb(group, xs, dys), device)
         found = {"seconds": taken, "share": taken / row["layer_seconds"]}
         if device.type == "cuda":
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                estimator.update(x, dy)
+                Streaming.absorb(group, xs, dys)
                 torch.cuda.synchronize()
             # calls of the runtime, such as cudaLaunchKernel, are events of the host beside those that they start
             started = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
@@ -297,63 +288,25 @@ def update_share(device: torch.device, tokens: int, width: int) -> dict[str, Any
             found["gpu_seconds"] = sum(event.self_device_time_total for event in started) / 1e6
         return found
 
-    return row | both(figures, device)
-
-
-def won(result: dict[str, Any]) -> dict[str, Any]:
-    """wins.json from a result file: per op and width of its operands the ranges of sizes in which the kernel won.
-
-    Sizes between two measured wins count as won; beyond the measured ones nothing does, and a kernel whose error is
-    more than three times the reference's never wins.
-    """
-    sizes: dict[tuple[str, str], list[tuple[int, bool]]] = {}
-    for row in result["rows"]:
-        if not isinstance(row.get("kernel"), dict):
-            continue
-        faster = row["kernel"]["seconds"] < min(row[name]["seconds"] for name in ("torch", "rival") if name in row)
-        sound = row["kernel"].get("error", 0.0) <= 3 * row["torch"].get("error", 0.0) + 1e-6
-        bits = str(8 * getattr(torch, row["dtype"]).itemsize)
-        sizes.setdefault((row["op"], bits), []).append((row["large_bytes"], faster and sound))
-    table: dict[str, Any] = {}
-    for (op, bits), measured in sizes.items():
-        ranges: list[list[int]] = []
-        lost = {size for size, win in measured if not win}
-        last = False
-        for size in sorted({size for size, _ in measured}):
-            win = size not in lost
-            if win and last:
-                ranges[-1][1] = size
-            elif win:
-                ranges.append([size, size])
-            last = win
-        if ranges:
-            table.setdefault(op, {}).setdefault(str(result["arch"]), {})[bits] = ranges
-    return table
+    return row | both(figures, None, problems)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", choices=SIZES, default="full")
-    parser.add_argument("--ops", nargs="*", choices=list(dispatch.LAUNCHERS))
+    parser.add_argument("--ops", nargs="*", choices=selection.ops)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--wins", type=Path, help="rewrite wins.json from this result file and do nothing else")
     args = parser.parse_args()
-    if args.wins:
-        measured = won(json.loads(args.wins.read_text()))
-        table = json.loads(WINS.read_text())
-        for op, archs in measured.items():
-            table.setdefault(op, {}).update(archs)
-        WINS.write_text(json.dumps(table, indent=1) + "\n")
-        return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    problems = checked(device)
+    print(json.dumps({"checks": problems}), flush=True)
     limits = ceilings(device)
-    major, minor = torch.cuda.get_device_capability() if device.type == "cuda" else (0, 0)
-    result: dict[str, Any] = {**_machine.describe(), "arch": 10 * major + minor, "ceilings": limits, "rows": []}
-    widths = [(4096, 4096), (1024, 4096)] if args.sizes == "full" else [(256, 256)]
-    result["updates"] = [update_share(device, tokens, width) for tokens, width in widths]
+    result: dict[str, Any] = {**_machine.describe(), "checks": problems, "ceilings": limits, "rows": []}
+    widths = [(1024, 4096), (8192, 4096)] if args.sizes == "full" else [(256, 256)]
+    result["updates"] = [update_share(device, tokens, width, problems) for tokens, width in widths]
     for case in cases(SIZES[args.sizes], device):
         if not args.ops or case.op in args.ops:
-            result["rows"].append(measure(case, device, limits))
+            result["rows"].append(measure(case, device, limits, problems))
             print(json.dumps(result["rows"][-1]), flush=True)
             if args.output:
                 _machine.save(result, args.output)

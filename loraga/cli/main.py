@@ -1,4 +1,4 @@
-"""The command `loraga`: `init` writes an adapter, `plan` predicts its cost, `calibrate` times kernels, `env` reports."""
+"""The command `loraga`: `init` writes an adapter, `plan` predicts, `calibrate` times kernels, `env` says what runs."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = commands.add_parser(
         "calibrate",
         help="time whole updates on this machine's GPU and keep the kernels that win",
-        description="Time whole updates on each kind of GPU of this machine, with and without the Triton kernel of each "
-        "op. Kernels that do not make them a tenth faster, twice, are not used any more. The choices are stored in the "
-        "user's cache directory. Without this command every kernel that gives the right results is used.",
+        description="Time whole updates on each kind of GPU of this machine, with and without the Triton kernel of "
+        "each op. Kernels that do not make them a tenth faster, twice, are not used any more. The choices are stored "
+        "in the user's cache directory. Without this command every kernel that gives the right results is used.",
     )
     calibrate.set_defaults(run=_calibrate)
     env = commands.add_parser("env", help="print what is active: devices, Triton kernels, native core, versions")

@@ -50,7 +50,7 @@ def store(facts: DeviceFacts, choices: Mapping[str, str], measured: Mapping[str,
 
 
 def stored(facts: DeviceFacts, ops: Iterable[str]) -> dict[str, str]:
-    """"triton" or "torch" for each of `ops` by the file of this kind of device; empty where no file is in use.
+    """ "triton" or "torch" for each of `ops` by the file of this kind of device; empty where no file is in use.
 
     A stale or broken file is ignored. A warning names it, once in a process.
     """

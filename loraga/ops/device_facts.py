@@ -83,7 +83,9 @@ def _driver() -> str:
         found = re.search(r"\d+\.\d+(\.\d+)?", _DRIVER.read_text())
     except OSError:
         found = None
-    return found.group() if found else f"CUDA {torch._C._cuda_getDriverVersion()}"
+    if found:
+        return found.group()
+    return f"CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
 
 
 def _triton() -> str | None:

@@ -90,32 +90,36 @@ def _basis(run: Run, device: torch.device) -> _Results:
 
 
 def _orthonormal(y: Tensor) -> Tensor:
-    """What `basis` computes, in float64: CholeskyQR gives the Q of a QR decomposition whose R has a positive diagonal."""
+    """What `basis` computes, in float64: CholeskyQR gives the Q of a QR decomposition with positive entries on R's
+    diagonal."""
     y = y.double()
     norm = torch.linalg.vector_norm(y, dim=-2, keepdim=True)
-    noise = reference.directions(*y.shape[-2:], torch.device("cpu")).double()
-    known = norm > 1e-37
+    noise = reference.directions(y.shape[-2], y.shape[-1], torch.device("cpu")).double()
+    known = norm > reference.SMALLEST_NORM
     q, r = torch.linalg.qr(torch.where(known, y / norm + reference.JITTER * noise, noise))
-    return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    basis: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return basis
 
 
 def _commit(run: Run, device: torch.device) -> _Results:
     for b, m, k, n, probes, poisoned in ((1, 64, 16, 128, 16, None), (1, 45, 12, 83, 3, 0), (3, 33, 16, 40, 16, 1)):
-        state = [_uniform(b, *shape, seed=1) for shape in ((m, k), (k, n), (m, probes))]
-        new = [_uniform(b, *shape, seed=2) for shape in ((m, k), (k, n))]
+        q, z, probed = (_uniform(b, *shape, seed=1) for shape in ((m, k), (k, n), (m, probes)))
+        new_q, new_z = (_uniform(b, *shape, seed=2) for shape in ((m, k), (k, n)))
         left = _uniform(b, k + probes, m, seed=3).mT
         if poisoned is not None:
-            (left if b == 1 else new[1])[poisoned, -1, -1] = torch.nan
-        found = [t.to(device, copy=True) for t in state]
-        finite = run(*found, *(t.to(device) for t in new), left.to(device))
-        kept = reference.commit_(*state, *new, left)
-        for result, expected, name in zip((finite, *found), (kept, *state), ("flags", "q", "z", "probed"), strict=True):
+            (left if b == 1 else new_z)[poisoned, -1, -1] = torch.nan
+        found = [t.to(device, copy=True) for t in (q, z, probed)]
+        finite = run(*found, new_q.to(device), new_z.to(device), left.to(device))
+        kept = reference.commit_(q, z, probed, new_q, new_z, left)
+        results = zip(("flags", "q", "z", "probed"), (finite, *found), (kept, q, z, probed), strict=True)
+        for name, result, expected in results:
             yield _differs(result, expected), 0.0, f"{name} of {b} layers of ({m}, {n})"
 
 
 def _accumulate(run: Run, device: torch.device) -> _Results:
     half, full = torch.bfloat16, torch.float32
-    for tokens, m, n, dtype, buffer in ((128, 64, 64, half, half), (67, 45, 83, full, full), (1024, 16, 32, half, full)):
+    shapes = ((128, 64, 64, half, half), (67, 45, 83, full, full), (1024, 16, 32, half, full))
+    for tokens, m, n, dtype, buffer in shapes:
         g, x, dy = _uniform(m, n, seed=1).to(buffer), _uniform(tokens, n, seed=2), _uniform(tokens, m, seed=3)
         x, dy = x.to(dtype), dy.to(dtype)
         what = f"the sum of {tokens} tokens in {str(buffer).removeprefix('torch.')} ({m}, {n})"

@@ -133,8 +133,10 @@ def session(tmp_path):
     python = tmp_path / "python"
     python.write_text(
         """#!/bin/bash
-echo "$*" >>"$WORK/calls"
+echo "LORAGA_TRITON=$LORAGA_TRITON $*" >>"$WORK/calls"
 case "$*" in
+*loraga*env*) echo '"basis": "torch: wrong result"' ;;
+*calibrate*) mkdir -p "$XDG_CACHE_HOME/loraga"; echo "{}" >"$XDG_CACHE_HOME/loraga/kernels-some-gpu.json" ;;
 *native.py*) echo "it broke"; exit 3 ;;
 *roofline.py*) trap 'echo interrupted; exit 2' INT; echo "row 1"; sleep 60 & wait ;;
 esac
@@ -160,6 +162,17 @@ def test_a_gpu_session_goes_on_where_it_was(session, tmp_path):
     assert "no time left" in session("tests", CALL_SECONDS="5").communicate()[0]
     with tarfile.open(tmp_path / "out" / "gpu-session.tar.gz") as brought:
         assert {"./build.done", "./native.log", "./operations.log"} <= set(brought.getnames())
+
+
+def test_a_gpu_session_says_where_a_kernel_fails_and_measures_with_and_without(session, tmp_path):
+    said = session("choice", "calibrate", "whole8", "torch8").communicate()[0]
+    assert said.endswith("not done: choice\n") and '"basis": "torch: wrong result"' in said
+    whole, without = (tmp_path / "work" / "calls").read_text().splitlines()[-2:]
+    assert whole.startswith("LORAGA_TRITON= ") and "whole8-gpu.json" in whole
+    assert without.startswith("LORAGA_TRITON=0 ") and "torch8-gpu.json" in without
+    # what `calibrate` chose is brought back, and does not change the sections after it
+    assert (tmp_path / "work" / "calibration.json").exists()
+    assert not list((tmp_path / "work" / "cache").rglob("*.json"))
 
 
 def test_a_gpu_session_that_is_stopped_brings_back_what_it_has(session, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -128,7 +129,9 @@ class TestWarnings:
     def test_a_launch_that_fails_is_said_once_and_remembered(self):
         chosen = selection(Tries())
         chosen.chosen("basis", GPU)
-        with pytest.warns(UserWarning, match=r"The Triton kernel of basis cannot be used on cuda:0 \(RuntimeError: too"):
+        with pytest.warns(
+            UserWarning, match=r"The Triton kernel of basis cannot be used on cuda:0 \(RuntimeError: too"
+        ):
             assert chosen.gives_up("basis", GPU, RuntimeError("too large\nat line 3"))
         assert silent(lambda: chosen.chosen("basis", GPU)) == Choice(TORCH, "RuntimeError: too large", failed=True)
         assert chosen.chosen("commit_", GPU).runs == TRITON
@@ -209,7 +212,7 @@ def test_a_trial_decides_while_it_lasts(monkeypatch):
 
 
 class TestShown:
-    KERNELS = {"cuda:0": {"basis": "triton", "commit_": "torch: wrong result: x", "accumulate_": "triton"}}
+    KERNELS: ClassVar = {"cuda:0": {"basis": "triton", "commit_": "torch: wrong result: x", "accumulate_": "triton"}}
 
     def test_in_the_report_its_text_and_its_file(self, tmp_path):
         report = InitReport([], {}, {}, 0, 1, kernels=self.KERNELS)
