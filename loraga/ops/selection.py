@@ -120,8 +120,8 @@ class Selection:
     def agree(self, ranks: Ranks, devices: Iterable[torch.device]) -> None:
         """Make the choices for `devices` now, and take torch for every op that any rank takes torch for.
 
-        Every rank calls this before its first batch, with the devices that it will use. Devices other than CUDA's have
-        no kernels and are left out.
+        Every rank calls this before its first batch, with the devices that it will use, in a context in which float32
+        products are not rounded. Devices other than CUDA's have no kernels and are left out.
 
         Raises:
             ValueError: LORAGA_TRITON is neither 0 nor 1.
