@@ -156,7 +156,8 @@ class TestCommand:
         assert "cuda:0: Some GPU\n" in said and "cuda:2: Another\n" in said and "cuda:1" not in said
         assert "  basis         torch   not a tenth faster twice: a step in 640 against 640 ms, 640 against" in said
         measured = json.loads(files[0].read_text())["measured"]["commit_"]
-        assert measured["triton"] == pytest.approx([0.8, 0.8]) and measured["torch"] == [1.0, 1.0]
+        assert measured["triton"] == pytest.approx([0.64, 0.64])
+        assert measured["torch"] == pytest.approx([0.8, 0.8]), "the other kernel was on"
 
     def test_where_kernels_cannot_run(self, gpus, cache, capsys):
         gpus[0] = replace(FACTS, capability=(7, 0))

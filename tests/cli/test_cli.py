@@ -177,7 +177,7 @@ def test_no_plot_without_matplotlib(models, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "the following arguments are required: {init,plan,env}"),
+        ([], "the following arguments are required: {init,plan,calibrate,env}"),
         (["foo"], "invalid choice: 'foo'"),
         (["init", "model"], "the following arguments are required: --data, --output"),
         (

@@ -103,6 +103,12 @@ def rounded_twice(g, x, dy, scale):
     return torch.tensor(True)
 
 
+def product_of_tf32(g, x, dy, scale):
+    """float32 operands with the 10 bits that one pass of the tensor cores keeps."""
+    cut = [(t.float().view(torch.int32) & -8192).view(torch.float32) for t in (x, dy)]
+    return reference.accumulate_(g, *(t.to(x.dtype) for t in cut), scale)
+
+
 def the_last_token_left_out(g, x, dy, scale):
     keep = torch.arange(len(x)) < len(x) - 1
     return reference.accumulate_(g, x, torch.where(keep[:, None], dy, 0.0), scale)
@@ -142,6 +148,7 @@ WRONG = [
     ("accumulate_", poison_is_added),
     ("accumulate_", poison_is_not_said),
     ("accumulate_", rounded_twice),
+    ("accumulate_", product_of_tf32),
     ("accumulate_", the_last_token_left_out),
     ("accumulate_", scaled("accumulate_")),
     ("subspace", of_other_matrices),
