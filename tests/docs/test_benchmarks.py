@@ -20,9 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import _machine
 import operations
+import roofline
 import tables
 import torch
 import whole_run
+
+from loraga.ops.triton import LAUNCHERS
 
 pytestmark = pytest.mark.slow
 
@@ -125,6 +128,34 @@ def test_energies_of_a_layer_are_its_squared_singular_values(m, n, monkeypatch):
     monkeypatch.setattr(operations, "TOKENS", 64)
     exact = torch.linalg.svdvals(operations.total(operations.stream(m, n)).double()).square()
     assert (operations.squares(m, n, torch.float32) - exact).abs().max() <= 1e-12 * exact[0]
+
+
+class TestRoofline:
+    def test_every_op_that_has_a_kernel_has_a_row(self):
+        device = torch.device("cpu")
+        found = {case.op: case for case in roofline.cases(roofline.SIZES["tiny"], device)}
+        assert found.keys() == set(LAUNCHERS)
+        for case in found.values():
+            case.run()
+            assert case.error is None or case.error(case.run()) < 0.02
+
+    def test_a_wrong_kernel_is_not_measured_and_torch_stands_in_for_it(self):
+        problems = dict.fromkeys(LAUNCHERS, "") | {"basis": "wrong result"}
+        runs: list[dict[str, str]] = []
+
+        def figures() -> dict[str, float]:
+            runs.append({op: roofline.selection.chosen(op, torch.device("cuda", 0)).runs for op in LAUNCHERS})
+            return {"seconds": 1.0}
+
+        assert roofline.both(figures, "basis", problems)["kernel"] == "not measured: wrong result"
+        assert roofline.both(figures, "commit_", problems)["kernel"] == {"seconds": 1.0}
+        torch_only, also_torch_only, with_kernels = runs
+        assert set(torch_only.values()) == set(also_torch_only.values()) == {"torch"}
+        assert with_kernels == dict.fromkeys(LAUNCHERS, "triton") | {"basis": "torch"}
+
+    def test_without_a_gpu_there_is_nothing_to_measure(self):
+        problems = roofline.checked(torch.device("cpu"))
+        assert roofline.both(lambda: {"seconds": 1.0}, None, problems)["kernel"] == "not measured: no CUDA device"
 
 
 @pytest.fixture
