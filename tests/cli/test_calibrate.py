@@ -182,7 +182,7 @@ def test_without_a_device(cache):
 
 def test_the_steps_run_the_ops_that_they_are_for(monkeypatch):
     """On the CPU, with small layers: the op of each step is called, and all ops with a kernel have a step."""
-    for name, value in {"_LAYERS": 2, "_WIDTH": 64, "_TOKENS": 8, "_RANK": 2}.items():
+    for name, value in {"_LAYERS": 2, "_WIDTH": 96, "_TOKENS": 8, "_RANK": 2}.items():
         monkeypatch.setattr(calibrate, name, value)
     called: list[str] = []
     for op in LAUNCHERS:
