@@ -158,7 +158,7 @@ def steps(device: torch.device) -> list[Step]:
         Step(
             f"the truncated SVD of {_LAYERS} gradients",
             ("subspace",),
-            lambda: truncated_svd(gradients, _RANK, seed=0),
+            lambda: truncated_svd(gradients, _RANK, seed=range(_LAYERS)),
         ),
     ]
 
