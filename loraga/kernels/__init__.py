@@ -1,4 +1,4 @@
 """Triton kernels, one family per file: kernel, launcher, reference, and the builds that are compiled ahead of time.
 
-None of them is imported before one is picked (choice.py) or a test asks for it: see loraga/ops/triton.py.
+None of them is imported before one is used (loraga/ops/triton.py) or a test asks for it.
 """
