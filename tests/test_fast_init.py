@@ -536,7 +536,7 @@ def test_a_layer_computed_with_elsewhere_than_its_weight_lies():
         collector.on_pair("up", x, dy)
         collector.next_micro_batch()
     assert collector.estimators["up"].spec.device == cpu
-    assert (collector.updates["up"], int(collector.skipped["up"])) == (2, 0)
+    assert (collector.outcomes.updates["up"], collector.outcomes.left_out()["up"]) == (2, 0)
     factors = finish(collector.estimators, {"up": 2.0})["up"].factors
     gradient = sum(dy.T @ x for x, dy in pairs) / 2
     assert float(factors.S[0]) == pytest.approx(float(torch.linalg.svdvals(gradient)[0]), rel=1e-2)

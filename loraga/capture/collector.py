@@ -1,20 +1,23 @@
-"""The estimators of one process, and which of their updates were finite."""
+"""The estimators of one process, and the updates that they get."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from loraga.capture.outcomes import Label, Outcomes
 from loraga.capture.taps import Taps
 from loraga.capture.weight_gradients import WeightGradient
 from loraga.config import InitConfig
-from loraga.estimators import Dense, Estimator, LayerSpec, StagingRing, make_estimator
+from loraga.estimators import Dense, Estimator, LayerSpec, Outcome, Pending, StagingRing, Streaming, make_estimators
 from loraga.integrations.bitsandbytes import is_bitsandbytes
 from loraga.linalg import seed_of
+from loraga.linalg.precision import own_precision
+from loraga.ops import reference
 
 # float16 gradients: the loss is scaled to about _FLOAT16_TARGET before backward. After an overflow the scale is
 # multiplied by _FLOAT16_BACKOFF and backward runs again, at most _FLOAT16_TRIES times in all.
@@ -22,9 +25,7 @@ _FLOAT16_TARGET, _FLOAT16_BACKOFF, _FLOAT16_TRIES = 2.0**15, 2.0**-4, 6
 
 
 class Collector:
-    """The estimators of this rank, and which of their updates were finite.
-
-    As a context manager it waits on leaving for all updates of buffers in host memory.
+    """The estimators of this rank. As a context manager it waits on leaving for all updates of buffers in host memory.
 
     Args:
         wanted (mapping of `str` to `int`): number of singular triplets by layer.
@@ -33,11 +34,11 @@ class Collector:
         many (`bool`): some rank may get more micro-batches than a bfloat16 buffer can sum (`BFLOAT16_LIMIT`).
         seed (`int`): of the sketches.
         device (`torch.device`): of the state of layers whose own device is not known.
+        alone (`bool`): no other rank has estimators of these layers, with which theirs would have to be merged.
 
     Attributes:
         estimators (`dict[str, Estimator]`): by layer.
-        updates (`Counter[str]`): number of gradients that each layer got.
-        skipped (`dict[str, Tensor]`): how many of these had NaN or Inf, as a 0-dim int64 tensor on the layer's device.
+        outcomes (`Outcomes`): which gradients were finite.
         loss_scale (`float` or `None`): factor that the sums include; None if no layer computed in float16.
         staging_bytes (`int`): device memory of all staging rings.
     """
@@ -50,19 +51,20 @@ class Collector:
         many: bool,
         seed: int,
         device: torch.device,
+        alone: bool = True,
     ) -> None:
         self.wanted, self.device = wanted, device
         self.estimators: dict[str, Estimator] = {}
-        self.updates: Counter[str] = Counter()
-        self.skipped: dict[str, Tensor] = {}
+        self.outcomes = Outcomes()
         self.loss_scale: float | None = None
         self._config, self._micro_batches, self._many, self._seed = config, micro_batches, many, seed
+        self._alone = alone
         self._devices: dict[str, torch.device] = {}
         self._calls: Counter[str] = Counter()
-        self._flags: dict[tuple[str, int], Tensor] = {}
-        self._summed: set[tuple[str, int]] = set()
+        self._summed: set[Label] = set()
         self._weight = 1.0
-        self._finite: list[dict[torch.device, Tensor]] = []
+        self._pending: defaultdict[torch.device, Pending] = defaultdict(Pending)
+        self._backward_task = -1
         self._rings: dict[torch.device, StagingRing] = {}
         self._formed: Mapping[str, WeightGradient] = {}
         self.staging_bytes = 0
@@ -71,38 +73,70 @@ class Collector:
         pass
 
     def __exit__(self, *exc: object) -> None:
+        self._pending.clear()
         for ring in self._rings.values():  # also after an error: no copy may be running when its memory is freed
             ring.close()
+        reference.forget()
 
-    def _next_call(self, name: str) -> tuple[str, int] | None:
-        """A key for this call of a layer in this micro-batch; None if an earlier try has summed its gradient."""
-        key = (name, self._calls[name])
+    def _next_call(self, name: str) -> Label | None:
+        """A label for this call of a layer in this micro-batch; None if an earlier try has summed its gradient."""
+        label = (name, self._calls[name])
         self._calls[name] += 1
-        return None if key in self._summed else key
+        return None if label in self._summed else label
 
     def on_pair(self, name: str, x: Tensor, dy: Tensor) -> None:
-        """Add dyᵀ x of x (T, n), dy (T, m) to the estimator of layer `name`; `Taps` calls this."""
-        key = self._next_call(name)
-        if key is None:
+        """Add dyᵀ x of x (T, n), dy (T, m) to the estimator of layer `name`; `Taps` calls this in backward.
+
+        Sketches on a GPU are updated in groups: the pair may wait until the end of this backward call.
+        """
+        label = self._next_call(name)
+        if label is None:
             return
-        if name not in self.estimators or self._made_on_other_device(name, dy.device):
-            self.estimators[name] = self._estimator(name, dy.shape[1], x.shape[1], dy.device)
-        self._flags[key] = self.estimators[name].update(x, dy, self._weight)
+        estimator = self.estimators.get(name)
+        if estimator is None or self._made_on_other_device(name, dy.device):
+            spec = self._spec(name, dy.shape[1], x.shape[1], dy.device)
+            (estimator,) = self._made([spec], tokens=len(x))
+        with own_precision(dy.device):
+            if isinstance(estimator, Streaming) and _waits(dy.device):
+                self._flush_at_the_end()
+                self._note(self._pending[dy.device].add(label, estimator, x, dy, self._weight))
+            else:
+                self.outcomes.add([label], estimator.update(x, dy, self._weight)[None])
+
+    def _note(self, outcomes: list[Outcome]) -> None:
+        for labels, finite in outcomes:
+            self.outcomes.add(labels, finite)
+
+    def _flush_at_the_end(self) -> None:
+        """Let autograd call `flush` when the backward call ends that runs at the moment.
+
+        After it the caller may overwrite its batch, which can be the input of a layer.
+        """
+        task = torch._C._current_graph_task_id()
+        if task != self._backward_task and task >= 0:
+            self._backward_task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self.flush)
+
+    def flush(self) -> None:
+        """Update the estimators with all pairs that wait."""
+        for device, pending in self._pending.items():
+            with torch.no_grad(), own_precision(device):
+                self._note(pending.flush())
 
     def _made_on_other_device(self, name: str, device: torch.device) -> bool:
         """Whether an unused estimator is not on `device`, where its layer computes (FSDP2 with CPU offload)."""
-        unused = self.updates[name] == 0 and self._calls[name] == 1
+        unused = self.outcomes.updates[name] == 0 and self._calls[name] == 1
         return unused and self.estimators[name].spec.device != device
 
     def on_gradient(self, name: str, gradient: Tensor) -> None:
         """Add a gradient that autograd formed for layer `name`; `WeightGradientHooks` calls this."""
         weight = self._formed[name]
         for part, matrix in zip(weight.parts(name), weight.matrices(gradient), strict=True):
-            key = self._next_call(part)
-            if key is not None:
+            label = self._next_call(part)
+            if label is not None:
                 estimator = self.estimators[part]
                 assert isinstance(estimator, Dense)  # `prepare` makes no other for these
-                self._flags[key] = estimator.add(matrix, self._weight)
+                self.outcomes.add([label], estimator.add(matrix, self._weight)[None])
 
     def prepare(self, targets: Mapping[str, nn.Module], formed: Mapping[str, WeightGradient]) -> None:
         """Make the estimators of layers whose shape and device are known before the first batch.
@@ -110,34 +144,49 @@ class Collector:
         If their state were allocated during a backward pass, it would lie between activations, and the memory of these
         could not be reused in one piece after they are freed (measured on a 105 M Llama: 7 % of the peak).
         """
+        specs = []
         for name, module in targets.items():
             weight = getattr(module, "weight", None)
             if not isinstance(weight, Tensor) or weight.is_meta:
                 continue
             self._devices[name] = weight.device
             if type(module) is nn.Linear and weight.dim() == 2:
-                self.make(name, weight.shape[0], weight.shape[1])
+                specs.append(self._spec(name, weight.shape[0], weight.shape[1], weight.device))
             elif isinstance(module, nn.Linear) and is_bitsandbytes(module):  # its weight may be packed
-                self.make(name, module.out_features, module.in_features)
+                specs.append(self._spec(name, module.out_features, module.in_features, weight.device))
+        self._made(specs)
         self._formed = formed
         for name, stored in formed.items():
-            for part in stored.parts(name):
-                self.estimators[part] = self._estimator(part, *stored.shape, stored.value.device, formed=True)
+            device = stored.value.device
+            self._made([self._spec(part, *stored.shape, device) for part in stored.parts(name)], formed=True)
 
     def make(self, name: str, m: int, n: int) -> None:
         """Make the estimator of a layer that has no gradient yet, on the device of its weight if that is known."""
-        self.estimators[name] = self._estimator(name, m, n, self._devices.get(name, self.device))
+        self._made([self._spec(name, m, n, self._devices.get(name, self.device))])
 
-    def _estimator(self, name: str, m: int, n: int, device: torch.device, formed: bool = False) -> Estimator:
-        """A new estimator; `formed` is True if autograd forms the gradient. ValueError if the rank is too large."""
+    def _spec(self, name: str, m: int, n: int, device: torch.device) -> LayerSpec:
+        """Raises ValueError if the rank is too large."""
         rank = self.wanted[name]
         if rank > min(m, n):
             raise ValueError(
                 f"Layer {name!r} with (out_features, in_features) = ({m}, {n}) has {min(m, n)} singular directions, "
                 f"and rank={rank} were asked for; lower the rank or leave the layer out."
             )
-        spec = LayerSpec(name, m, n, rank, seed_of(self._seed, name), device)
-        return make_estimator(spec, self._config, self._micro_batches, self._many, self._ring(device), formed)
+        return LayerSpec(name, m, n, rank, seed_of(self._seed, name), device)
+
+    def _made(self, specs: list[LayerSpec], *, formed: bool = False, tokens: int | None = None) -> list[Estimator]:
+        """New estimators; `formed` is True if autograd forms the gradients, `tokens` are those of a micro-batch."""
+        made = make_estimators(
+            specs,
+            self._config,
+            self._micro_batches,
+            many=self._many,
+            ring_of=self._ring,
+            formed=formed,
+            tokens=tokens,
+        )
+        self.estimators.update(zip((spec.name for spec in specs), made, strict=True))
+        return made
 
     def _ring(self, device: torch.device) -> StagingRing | None:
         """The staging ring of `device` if dense buffers are in host memory, else None."""
@@ -159,27 +208,21 @@ class Collector:
         """
         self._summed = set()
         loss = loss_of()
-        if self._flags:
+        if self.outcomes.any:
             raise ValueError("loss_fn ran backward itself; let it return the loss, and loraga runs backward.")
         if taps.saw_float16:
             self._backward_float16(loss, loss_of, taps, anywhere)
         else:
             self._backward(loss, taps)
-        self._close_micro_batch()
+        self._close()
 
     def next_micro_batch(self) -> None:
         """Count the gradients since the last call as one micro-batch, if there were any."""
-        if self._flags:
-            self._close_micro_batch()
+        if self.outcomes.any:
+            self._close()
 
-    def _close_micro_batch(self) -> None:
-        finite: dict[torch.device, Tensor] = {}
-        for (name, _), flag in self._flags.items():
-            self.updates[name] += 1
-            self.skipped[name] = self.skipped[name] + ~flag if name in self.skipped else (~flag).long()
-            finite[flag.device] = finite[flag.device] & flag if flag.device in finite else flag
-        self._finite.append(finite)
-        self._flags.clear()
+    def _close(self) -> None:
+        self.outcomes.close()
         self._calls.clear()
 
     def _backward(self, loss: Tensor, taps: Taps) -> None:
@@ -206,16 +249,13 @@ class Collector:
                 self.loss_scale = scale
             self._weight = self.loss_scale / scale
             self._backward(loss.float() * scale, taps)
-            self._summed.update(key for key, flag in self._flags.items() if flag)
-            if not anywhere(usable and len(self._summed) < len(self._flags)):
+            outcomes = self.outcomes.read()
+            self._summed.update(label for label, finite in outcomes.items() if finite)
+            if not anywhere(usable and len(self._summed) < len(outcomes)):
                 break
             scale *= _FLOAT16_BACKOFF
 
-    @property
-    def micro_batches(self) -> int:
-        """How many micro-batches this rank has processed."""
-        return len(self._finite)
 
-    def skipped_batches(self) -> int:
-        """How many micro-batches had a NaN or Inf in the gradient of some layer."""
-        return sum(not all(bool(flag) for flag in flags.values()) for flags in self._finite)
+def _waits(device: torch.device) -> bool:
+    """Whether updates on `device` are bound by launches, so that they wait for each other."""
+    return device.type == "cuda"

@@ -104,7 +104,7 @@ def estimate(model: nn.Module, request: Request, batches: Batches, ranks: Ranks)
     _agree(request, ranks, together)
     many = ranks.any(total is None or total > BFLOAT16_LIMIT)
     device = input_device(model)
-    collector = Collector(request.wanted, request.init, total, many, request.seed, device)
+    collector = Collector(request.wanted, request.init, total, many, request.seed, device, alone=ranks.size == 1)
     started = time.perf_counter()
     with (
         collector,
@@ -142,7 +142,8 @@ def estimate_step(model: nn.Module, request: Request, step: Callable[[], Any], r
         RankFailed: another rank raised.
     """
     _agree(request, ranks, together=False)
-    collector = Collector(request.wanted, request.init, None, True, request.seed, input_device(model))
+    device = input_device(model)
+    collector = Collector(request.wanted, request.init, None, True, request.seed, device, alone=ranks.size == 1)
     started = time.perf_counter()
     with (
         collector,
@@ -189,12 +190,12 @@ def _counted(collector: Collector, called: set[str], ranks: Ranks) -> _Counts:
     Raises ValueError if a layer has different shapes on different ranks.
     """
     exponent = round(math.log2(collector.loss_scale or 1.0))
-    rows = [[collector.micro_batches, collector.skipped_batches(), exponent, 0, 0]]
+    outcomes, left_out = collector.outcomes, collector.outcomes.left_out()
+    rows = [[outcomes.micro_batches, outcomes.incomplete_batches(), exponent, 0, 0]]
     for name in collector.wanted:
         estimator = collector.estimators.get(name)
         m, n = (estimator.spec.m, estimator.spec.n) if estimator is not None else (0, 0)
-        skipped = int(collector.skipped.get(name, 0))
-        rows.append([collector.updates[name], skipped, int(name in called), m, n])
+        rows.append([outcomes.updates[name], left_out[name], int(name in called), m, n])
     tables = ranks.gather(rows, collector.device)
     totals = [table[0] for table in tables]
     counts = _Counts(

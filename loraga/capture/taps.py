@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from loraga.capture.weight_gradients import WeightGradient
-from loraga.linalg.precision import own_precision
 
 OnPair = Callable[[str, Tensor, Tensor], None]
 
@@ -40,7 +39,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         (x,) = ctx.saved_tensors
-        with torch.no_grad(), own_precision(dy.device):
+        with torch.no_grad():
             # reentrant checkpointing runs a backward call inside another; the outer one is the caller's
             ctx.taps.enter_backward(ctx.within if ctx.within >= 0 else torch._C._current_graph_task_id())
             ctx.taps.on_pair(ctx.name, *_matrices(x, dy))

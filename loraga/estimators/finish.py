@@ -12,9 +12,9 @@ from loraga.estimators.base import Estimate, Estimator
 from loraga.factors import Factors
 from loraga.linalg.precision import own_precision
 
-# Bytes of state that are stacked at a time. Temporaries need a small multiple of it. Larger chunks are not faster: the
-# time of launches is negligible from here on.
-_CHUNK_BYTES = 2**28
+# Bytes of state that are factorized at a time. Temporaries need a small multiple of it. Larger chunks are not faster,
+# because the time of launches is negligible from here on.
+FINISHED_BYTES = 2**28
 
 
 def finish(
@@ -74,6 +74,6 @@ def _chunks(estimators: Mapping[str, Estimator]) -> Iterator[list[str]]:
     for name, estimator in estimators.items():
         groups[estimator.finish_key].append(name)
     for names in groups.values():
-        count = max(1, _CHUNK_BYTES // estimators[names[0]].state_bytes)
+        count = max(1, FINISHED_BYTES // estimators[names[0]].state_bytes)
         for start in range(0, len(names), count):
             yield names[start : start + count]

@@ -103,9 +103,14 @@ class Streaming:
         return [Streaming(spec, micro_batches, sketches, index) for index, spec in enumerate(specs)]
 
     @staticmethod
-    def pays(spec: LayerSpec) -> bool:
+    def pays(spec: LayerSpec, tokens: int | None = None) -> bool:
         """Whether the sketch is cheaper than the gradient itself: mn > 2k (m + n), for flops and bytes alike."""
         return spec.m * spec.n > 2 * sketch_width(spec.rank) * (spec.m + spec.n)
+
+    @staticmethod
+    def bytes_of(spec: LayerSpec) -> int:
+        """Bytes of the state of one layer."""
+        return 4 * (sketch_width(spec.rank) + _PROBES) * (spec.m + spec.n)
 
     @property
     def columns(self) -> int:
@@ -127,7 +132,7 @@ class Streaming:
 
     @property
     def state_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.state)
+        return self.bytes_of(self.spec)
 
     @property
     def exchange_bytes(self) -> int:
@@ -175,6 +180,7 @@ class Streaming:
         for _ in range(power_steps(first._micro_batches)):
             v = declared.basis(right(new_q, rounded=True).mT)
             new_q = declared.basis(left(v, v))
+        del v
         finite = declared.commit_(q, z, probed, new_q, right(new_q, rounded=False), reached)
         for streaming in group:
             streaming._empty = False

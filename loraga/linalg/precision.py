@@ -14,20 +14,22 @@ _callers = ""
 # torch >= 2.9 has an old and a new interface to the TF32 setting. It raises for code that mixes them, and never for
 # code that uses the new one only. Before 2.9, `get_float32_matmul_precision` is the one that can return "medium", too.
 _NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+_EXACT = "ieee" if _NEW else "highest"
 
 
 @contextmanager
 def own_precision(device: torch.device) -> Iterator[None]:
     """Context in which products on `device` keep the dtype of their operands, and float32 products use all 24 bits.
 
-    The caller's autocast is off inside, and so is TF32.
+    The caller's autocast is off inside, and so is TF32. It changes nothing where they are off already.
     """
     with _without_autocast(device), without_tf32() if device.type == "cuda" else nullcontext():
         yield
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if not torch.amp.is_autocast_available(device.type):  # torch raises for a device type without autocast
+    # torch raises for a device type without autocast
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -54,12 +56,13 @@ def without_tf32() -> Iterator[None]:
     with _lock:
         if _inside == 0:
             _callers = _read()
-            _write("ieee" if _NEW else "highest")
+            if _callers != _EXACT:
+                _write(_EXACT)
         _inside += 1
     try:
         yield
     finally:
         with _lock:
             _inside -= 1
-            if _inside == 0:
+            if _inside == 0 and _callers != _EXACT:
                 _write(_callers)

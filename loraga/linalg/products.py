@@ -103,6 +103,7 @@ def _split(outer: Sequence[Tensor], w: Tensor, inner: Sequence[Tensor], scale: f
     for i, (a, product) in enumerate(zip(outer, products.split(rows), strict=True)):
         torch.mm(a, thin[i], out_dtype=torch.float32, out=product)
     parts = _high_and_low(products[:, :k] + products[:, k:], outer[0].dtype)
+    del thin, products
     out = w.new_empty(len(inner), 2 * k, inner[0].shape[1])
     for i, (part, b) in enumerate(zip(parts.split(rows), inner, strict=True)):
         torch.mm(part.t(), b, out_dtype=torch.float32, out=out[i])

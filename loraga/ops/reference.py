@@ -91,7 +91,8 @@ def _largest(batch: Tensor) -> Tensor:
     if batch.shape[0] == 1 and batch.is_cpu:  # one pass; the reduction below takes a temporary and five times as long
         low, high = torch.aminmax(batch.mT if batch.stride(-2) == 1 else batch)
         return torch.maximum(-low, high)[None]
-    return torch.linalg.vector_norm(batch, ord=torch.inf, dim=(-2, -1))
+    largest: Tensor = torch.linalg.vector_norm(batch, ord=torch.inf, dim=(-2, -1))
+    return largest
 
 
 def all_finite(values: Tensor) -> Tensor:

@@ -172,14 +172,16 @@ class _Counting(TorchDispatchMode):
                 return out
         if func is aten.mm.dtype:  # torch 2.9 cannot run it on the meta device
             out = args[0].new_empty(len(args[0]), args[1].shape[1], dtype=args[2])
+        elif func in (aten.mm.dtype_out, aten.addmm.dtype_out):
+            out = kwargs["out"]
         else:
             out = func(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         new = [self._run._count_storage(result) for result in results]
         formula = _FORMULAS.get(func._overloadpacket)
-        # torch's formula for bmm knows no dtype of the result
-        operands_of = args[:2] if func is aten.bmm.dtype else args
-        flops = formula(*operands_of, **kwargs, out_val=out) if formula is not None else 0
+        # torch's formulas know no dtype of the result
+        operands_of = args[: _OPERANDS.get(func, len(args))]
+        flops = formula(*operands_of, out_val=out) if formula is not None else 0
         if any(new) or func._schema.is_mutable:
             operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self._run._count_op(flops, sum(t.numel() * t.element_size() for t in operands + results))
@@ -238,9 +240,16 @@ def _with_heads_of(query: Tensor, key: Tensor) -> tuple[int, ...]:
     return (*key.shape[:1], query.shape[1], *key.shape[2:])
 
 
+_OPERANDS = {
+    aten.mm.dtype: 2,
+    aten.mm.dtype_out: 2,
+    aten.bmm.dtype: 2,
+    aten.addmm.dtype_out: 3,
+}
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     aten.addmm_: flop_registry[aten.addmm],
+    aten.baddbmm_: flop_registry[aten.baddbmm],
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

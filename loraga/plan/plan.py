@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,14 @@ from loraga.capture.taps import Taps
 from loraga.config import InitConfig
 from loraga.estimators import (
     BFLOAT16_LIMIT,
+    WAITING_BYTES,
+    WORKING_STATES,
     Estimator,
     LayerSpec,
     Streaming,
     finish_in_chunks,
-    make_estimator,
+    make_estimators,
+    pair_bytes,
 )
 from loraga.integrations import peft as adapters
 from loraga.integrations.peft import AdapterSlot
@@ -207,11 +211,11 @@ def plan(
     trial = _Trial(peft_model, {"input_ids": ids, "labels": ids}, init, micro_batches, ceilings)
     seen = {way: trial.gradients(bool(way)) for way in ("", CHECKPOINTED)}
     finishing = trial.finishing(slots)
-    layers = _layers(slots, {slot.name: trial.estimator(slot) for slot in slots}, seen[""])
+    layers = _layers(slots, trial.estimators(slots), seen[""])
     base = weight_bytes + adapter_bytes
     peaks = {}
     for way, found in seen.items():
-        peaks["initialisation" + way] = base + max(_peak(found), finishing.extra)
+        peaks["initialisation" + way] = base + max(trial.peak(found, bool(way)), finishing.extra)
         peaks["LoRA training step" + way] = base + _MOMENTS * adapter_bytes + _peak(trial.training(bool(way)))
     work = seen[CHECKPOINTED if checkpointing else ""]
     return Plan(
@@ -260,18 +264,35 @@ class _Trial:
         self._micro_batches, self._ceilings = micro_batches, ceilings
         self._updates: dict[Hashable, tuple[Cost, Cost]] = {}
 
+    def estimators(self, slots: Sequence[AdapterSlot]) -> dict[str, Estimator]:
+        """New estimators of the layers by name, on the meta device."""
+        specs = [LayerSpec(s.name, *s.shape, starts.triplets(self._init, s.rank, s.shape), 0, META) for s in slots]
+        many = self._micro_batches > BFLOAT16_LIMIT
+        made = make_estimators(specs, self._init, self._micro_batches, many=many)
+        return {spec.name: estimator for spec, estimator in zip(specs, made, strict=True)}
+
     def estimator(self, slot: AdapterSlot) -> Estimator:
         """A new estimator of the layer, on the meta device."""
-        spec = LayerSpec(slot.name, *slot.shape, starts.triplets(self._init, slot.rank, slot.shape), 0, META)
-        return make_estimator(spec, self._init, self._micro_batches, many=self._micro_batches > BFLOAT16_LIMIT)
+        return self.estimators([slot])[slot.name]
 
     def gradients(self, checkpointing: bool) -> Found:
         """Forward, backward and updates of one micro-batch: the keys of `_extrapolated`, and those of the updates.
 
         "flops" and "seconds" do not include the updates. Theirs are ("first", "seconds") for the first micro-batch,
-        ("later", "seconds") for any other, and the flops ("later", shape) of all layers of one shape.
+        ("later", "seconds") for any other, and the flops ("later", shape) of all layers of one shape. "waiting" are the
+        bytes of all pairs (x, dy), and ("working", shape) those that an update of all layers of one shape takes.
         """
         return self._extrapolated(self._gradients, checkpointing)
+
+    def peak(self, found: Found, checkpointing: bool) -> float:
+        """Peak memory of forward, backward and updates. `found` is what `gradients` found, where all pairs wait."""
+        working = max(
+            (size for key, size in found.items() if isinstance(key, tuple) and key[0] == "working"), default=0
+        )
+        if found["waiting"] + working <= WAITING_BYTES:
+            return _peak(found)
+        alone = self._extrapolated(partial(self._gradients, waiting=False), checkpointing)
+        return min(_peak(found), _peak(alone) + WAITING_BYTES)
 
     def training(self, checkpointing: bool) -> Found:
         """Forward and backward of a LoRA training step."""
@@ -279,7 +300,7 @@ class _Trial:
 
     def finishing(self, slots: list[AdapterSlot]) -> Cost:
         """Cost of computing the factors from the estimators' state; `extra` includes the state."""
-        estimators = {slot.name: self.estimator(slot) for slot in slots}
+        estimators = self.estimators(slots)
         run = DryRun(self._ceilings)
         with run, run.aside() as cost:
             run.include(tensor for estimator in estimators.values() for tensor in estimator.state)
@@ -288,7 +309,7 @@ class _Trial:
                 factors |= chunk
         return cost
 
-    def _gradients(self, run: DryRun) -> Found:
+    def _gradients(self, run: DryRun, waiting: bool = True) -> Found:
         slots = {slot.name: slot for slot in adapters.find_slots(self._peft_model, "default")[0]}
         found: Found = defaultdict(float)
 
@@ -298,13 +319,23 @@ class _Trial:
             found["first", "seconds"] += first.seconds
             found["later", "seconds"] += later.seconds
             found["later", slots[name].shape] += later.flops
+            estimator = estimators[name]
+            if isinstance(estimator, Streaming):
+                key = ("working", slots[name].shape)
+                found["waiting"] += pair_bytes(x, dy)
+                found[key] += WORKING_STATES * estimator.state_bytes
+                if waiting:
+                    run.live += pair_bytes(x, dy)
+                    run.count_temporary(int(found[key]))
 
         base = self._peft_model.base_model.model
-        states = [self.estimator(slot).state_bytes for slot in slots.values()]
+        estimators = self.estimators(list(slots.values()))
+        states = [estimator.state_bytes for estimator in estimators.values()]
         taps = Taps({name: slot.base_layer for name, slot in slots.items()}, on_pair)
         with adapters.adapters_disabled(self._peft_model), isolated(base), taps, run:
             run.live += sum(states)
             taps.backward(base(**self._batch).loss)
+            run.live -= int(found["waiting"]) if waiting else 0
         return found
 
     def _update(self, run: DryRun, slot: AdapterSlot, x: Tensor, dy: Tensor) -> tuple[Cost, Cost]:

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 import loraga
-from loraga.estimators import BFLOAT16_LIMIT, Streaming, make_estimator
+from loraga.estimators import BFLOAT16_LIMIT, Streaming, make_estimators
 
 DENSE = {"estimator": "dense"}
 
@@ -28,14 +28,15 @@ DENSE = {"estimator": "dense"}
     ],
 )
 def test_dtype_of_a_buffer(options, many, formed, dtype):
-    (buffer,) = make_estimator(spec(), loraga.InitConfig(**options), 4, many, formed=formed).state
+    (estimator,) = make_estimators([spec()], loraga.InitConfig(**options), 4, many=many, formed=formed)
+    (buffer,) = estimator.state
     assert buffer.dtype == dtype
 
 
 def test_a_large_layer_is_streamed_unless_its_gradient_is_formed():
     large, init = spec(1600, 1600), loraga.InitConfig()
-    assert isinstance(make_estimator(large, init, 4), Streaming)
-    assert not isinstance(make_estimator(large, init, 4, formed=True), Streaming)
+    assert isinstance(make_estimators([large], init, 4)[0], Streaming)
+    assert not isinstance(make_estimators([large], init, 4, formed=True)[0], Streaming)
 
 
 class Unsized:

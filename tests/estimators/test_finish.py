@@ -39,7 +39,7 @@ def fed() -> tuple[dict, dict]:
 @pytest.mark.parametrize("chunk", [1, 400_000, 2**28])
 def test_finished_together_as_alone(chunk, monkeypatch):
     """In the order they came, for any size of chunk, each as if it were the only layer up to rounding."""
-    monkeypatch.setattr(importlib.import_module("loraga.estimators.finish"), "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(importlib.import_module("loraga.estimators.finish"), "FINISHED_BYTES", chunk)
     estimators, pairs = fed()
     steps: list[int] = []
     divisors = {name: 2.0 + i for i, name in enumerate(estimators)}

@@ -15,7 +15,7 @@ import loraga
 from loraga.capture.isolation import isolated
 from loraga.capture.taps import Taps
 from loraga.cli.main import main
-from loraga.estimators import LayerSpec, make_estimator
+from loraga.estimators import LayerSpec, make_estimators
 from loraga.integrations.hf_models import NAMES, config_of, without_weights
 from loraga.integrations.peft.targets import find_target_names
 from loraga.plan import plan as planning
@@ -68,9 +68,9 @@ def test_state_is_that_of_the_real_estimators(name, rank):
     kinds = {layer.shape for layer in real.layers}
     assert {layers.shape for layers in found.layers} == kinds
     by_shape = sum(
-        make_estimator(
-            LayerSpec(layer.name, *layer.shape, min(rank, *layer.shape), 0, CPU), loraga.InitConfig(), 4
-        ).state_bytes
+        make_estimators([LayerSpec(layer.name, *layer.shape, min(rank, *layer.shape), 0, CPU)], loraga.InitConfig(), 4)[
+            0
+        ].state_bytes
         for layer in real.layers
     )
     assert found.state_bytes == by_shape
@@ -213,10 +213,10 @@ def test_extrapolation_of_two_stacks(monkeypatch):
 
 @pytest.mark.slow
 def test_checkpointing_saves_memory_and_costs_a_forward():
-    plain, again = (planned(small_llama(layers=8), rows=8, checkpointing=way) for way in (False, True))
+    plain, again = (planned(small_llama(layers=8), rows=64, checkpointing=way) for way in (False, True))
     assert plain.peaks == again.peaks
     for what in ("initialisation", "LoRA training step"):
-        assert plain.peaks[what + CHECKPOINTED] < 0.7 * plain.peaks[what]
+        assert plain.peaks[what + CHECKPOINTED] < 0.75 * plain.peaks[what]
     assert 1.2 < again.model_flops / plain.model_flops < 1.5
     assert plain.update_flops == again.update_flops
 
