@@ -288,5 +288,9 @@ def _starts(
         if layer.initialised
     }
     if not found:
-        raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")
+        seen = [estimate.factors.S[0] for estimate in estimation.estimates.values()]
+        if all(largest == 0 for largest in seen):
+            raise ValueError("The gradient is zero at every target layer; check the loss and the labels.")
+        reasons = listed([f"{layer.name} ({layer.reason})" for layer in report.layers])
+        raise ValueError(f"No target layer has a gradient to start from: {reasons}. Check the loss and the data.")
     return found

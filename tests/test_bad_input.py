@@ -396,3 +396,12 @@ def test_a_model_that_carries_gradients_is_not_changed_by_loading(tmp_path):
     with torch.no_grad():
         assert (loaded(**batches("llama")[0]).logits - expected).abs().max() < 1e-5
     assert all(torch.equal(v, weights[k]) for k, v in loaded.unload().state_dict().items())
+
+
+def test_a_sum_beyond_float32_is_not_called_zero():
+    """Input and output gradient are finite, their product is not."""
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
+    lora = LoraConfig(target_modules=["0", "1"], r=4)
+    with pytest.raises(ValueError, match=r"No target layer.*0 \(its summed gradient is not finite\)"):
+        loraga.fast_init(model, [torch.full((5, 40), 1e20)], lora, loss_fn=lambda m, x: (m(x) * 1e20).sum())
+    assert not hasattr(model, "peft_config")

@@ -286,10 +286,8 @@ class _Trial:
 
     def peak(self, found: Found, checkpointing: bool) -> float:
         """Peak memory of forward, backward and updates. `found` is what `gradients` found, where all pairs wait."""
-        working = max(
-            (size for key, size in found.items() if isinstance(key, tuple) and key[0] == "working"), default=0
-        )
-        if found["waiting"] + working <= WAITING_BYTES:
+        working = [size for key, size in found.items() if isinstance(key, tuple) and key[0] == "working"]
+        if found["waiting"] + max(working, default=0) <= WAITING_BYTES:
             return _peak(found)
         alone = self._extrapolated(partial(self._gradients, waiting=False), checkpointing)
         return min(_peak(found), _peak(alone) + WAITING_BYTES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -61,7 +62,9 @@ def _layer_report(target: Target, estimation: Estimation) -> LayerReport:
         return LayerReport(target.name, target.shape, target.rank, ORDINARY, reason)
     spectrum = found.factors.S.tolist()
     updates, skipped = estimation.updates[target.name], estimation.skipped[target.name]
-    if not reason and not spectrum[0] > 0:
+    if not reason and not (math.isfinite(sum(spectrum)) and math.isfinite(found.energy)):
+        reason, spectrum = "its summed gradient is not finite", []
+    if not reason and spectrum[0] == 0:
         reason = target.if_zero
     captured = sum((s / spectrum[0]) ** 2 for s in spectrum) / (found.energy / spectrum[0] ** 2) if not reason else None
     return LayerReport(

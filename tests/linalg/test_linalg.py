@@ -214,3 +214,19 @@ def test_streams_differ_by_seed_and_name_and_not_by_process():
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(other.stdout) == seed_of(3, "layer")
     assert torch.equal(test_matrix(4, 5, 9, "cpu"), test_matrix(4, 5, 9, "cpu"))
+
+
+@pytest.mark.parametrize("rows", [2, 13, 60])
+def test_the_embedding_of_a_few_tokens(rows):
+    """A gradient of a large vocabulary of which a batch has few tokens."""
+    g = torch.zeros(60000, 96)
+    tokens = torch.randperm(len(g))[:rows]
+    g[tokens] = torch.randn(rows, 96) * torch.logspace(0, -2, 96)
+    f = truncated_svd(g, 16)
+    truth = torch.linalg.svd(g[tokens].double(), full_matrices=False)
+    known = min(rows, 16)
+    assert (f.S[:known].double() - truth.S[:known]).abs().max() < 1e-5 * truth.S[0]
+    assert (f.S[known:] < 1e-5 * truth.S[0]).all()
+    left = ((f.U * f.S)[tokens].double() @ f.Vh.double() - g[tokens].double()).square().sum().sqrt()
+    assert left < 1.001 * truth.S[16:].norm() + 1e-5 * truth.S[0]
+    assert (f.U.T @ f.U - torch.eye(16)).abs().max() < 2e-6 and (f.Vh @ f.Vh.T - torch.eye(16)).abs().max() < 2e-6

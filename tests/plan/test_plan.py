@@ -221,6 +221,16 @@ def test_checkpointing_saves_memory_and_costs_a_forward():
     assert plain.update_flops == again.update_flops
 
 
+def test_what_waits_on_a_gpu_is_bounded(monkeypatch):
+    """Pairs of all layers wait if there is room, at the end of backward; then the peak of checkpointing is there."""
+    unbounded = planned(small_llama(layers=6), rows=64).peaks["initialisation" + CHECKPOINTED]
+    bounds = []
+    for bound in (1, 2**24):
+        monkeypatch.setattr(planning, "WAITING_BYTES", bound)
+        bounds.append(planned(small_llama(layers=6), rows=64).peaks["initialisation" + CHECKPOINTED])
+    assert bounds[1] - bounds[0] == 2**24 - 1 and bounds[1] < unbounded
+
+
 def test_bytes_between_ranks():
     config = small_llama(width=512)
     alone, four = planned(config), planned(config, ranks=4)
