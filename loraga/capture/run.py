@@ -23,6 +23,8 @@ from loraga.config import InitConfig
 from loraga.distributed.ranks import Ranks
 from loraga.distributed.sharding import is_sharded, resharded
 from loraga.estimators import BFLOAT16_LIMIT, Estimate, finish, merge
+from loraga.linalg.precision import own_precision
+from loraga.ops.triton import selection
 
 
 @dataclass
@@ -101,7 +103,7 @@ def estimate(model: nn.Module, request: Request, batches: Batches, ranks: Ranks)
     show = batches.show_progress_bar and ranks.first
     together = is_sharded(model)
     total = count_of(batches.loader, batches.max_batches)
-    _agree(request, ranks, together)
+    _agree(model, request, ranks, together)
     many = ranks.any(total is None or total > BFLOAT16_LIMIT)
     device = input_device(model)
     collector = Collector(request.wanted, request.init, total, many, request.seed, device, alone=ranks.size == 1)
@@ -141,7 +143,7 @@ def estimate_step(model: nn.Module, request: Request, step: Callable[[], Any], r
             requests.
         RankFailed: another rank raised.
     """
-    _agree(request, ranks, together=False)
+    _agree(model, request, ranks, together=False)
     device = input_device(model)
     collector = Collector(request.wanted, request.init, None, True, request.seed, device, alone=ranks.size == 1)
     started = time.perf_counter()
@@ -157,8 +159,11 @@ def estimate_step(model: nn.Module, request: Request, step: Callable[[], Any], r
     return _conclude(collector, _counted(collector, taps.called, ranks), ranks, started, show_progress_bar=False)
 
 
-def _agree(request: Request, ranks: Ranks, together: bool) -> None:
-    """Raise ValueError unless all ranks have the same request, and all or none of them a sharded model."""
+def _agree(model: nn.Module, request: Request, ranks: Ranks, together: bool) -> None:
+    """Raise ValueError unless all ranks have the same request, and all or none of them a sharded model.
+
+    Then check the kernels on the devices of `model`, unless they were checked before, and choose what all ranks use.
+    """
     ranks.agree(
         targets=tuple(request.wanted.items()),
         weights=tuple(request.weights),
@@ -166,6 +171,8 @@ def _agree(request: Request, ranks: Ranks, together: bool) -> None:
         seed=request.seed,
         sharded=together,
     )
+    with own_precision(torch.device("cuda")):
+        selection.agree(ranks, {parameter.device for parameter in model.parameters()})
 
 
 @dataclass
