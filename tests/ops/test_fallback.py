@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from loraga.ops.selection import Selection
 
 pytestmark = needs_device
 HERE = torch.device(DEVICE)
+KERNELS = Path(random.__file__).parent
 FACTS = DeviceFacts("Some GPU", (9, 0), "580.1", "2.13.0", "3.7.1")
 TOO_LARGE = OutOfResources(300_000, 232_448, "shared memory")
 
@@ -38,7 +41,7 @@ def operands(op: str) -> list[Any]:
         return [*state, operand(2, 33, 16, seed=1), operand(2, 16, 40, seed=1), operand(2, 20, 33, seed=1).mT]
     if op == "accumulate_":  # few blocks and many tokens: the sum is cut
         return [operand(16, 32), operand(600, 32, seed=1), operand(600, 16, seed=2), 0.5]
-    return [operand(2, 45, 40), 16, 1, [3, 4]]
+    return [operand(2, 45, 1500), 16, 0, [3, 4]]  # the sum over columns is cut; without the many launches of `basis`
 
 
 def copied(args: list[Any]) -> list[Any]:
@@ -113,6 +116,23 @@ def test_torch_takes_over_with_one_warning(op, selection):
         triton.run(op, HERE, *operands(op))
     assert not later, "the kernel is not tried again"
     assert selection.report([HERE])[str(HERE)][op].startswith("torch: OutOfResources")
+
+
+def test_every_kernel_of_the_package_runs_by_default(selection):
+    """None is left that no op launches."""
+    files = [importlib.import_module(f"loraga.kernels.{path.stem}") for path in KERNELS.glob("[a-z]*.py")]
+    kind = type(random._fill_kernel)
+    kernels = {
+        f"{file.__name__}.{name}"
+        for file in files
+        for name, value in vars(file).items()
+        if isinstance(value, kind) and name.endswith("_kernel") and value.fn.__module__ == file.__name__
+    }
+    assert "loraga.kernels.random._fill_kernel" in kernels
+    with launches() as seen:
+        for op in triton.LAUNCHERS:
+            triton.run(op, HERE, *operands(op))
+    assert {f"{kernel.fn.__module__}.{kernel.fn.__name__}" for kernel in seen} == kernels
 
 
 def test_the_kernel_runs_where_nothing_is_wrong(selection):
