@@ -95,7 +95,8 @@ tests() {
     "$python" -c 'import xdist' && workers=(-n 8)
     OMP_NUM_THREADS=2 "$python" -m pytest -q --timeout 100 "${workers[@]}" --ignore tests/kernels/test_aot.py \
         --ignore tests/native/test_cpp.py tests/kernels tests/native tests/ops/test_first_use.py \
-        tests/ops/test_fallback.py tests/test_cuda.py tests/estimators/test_host_buffers.py
+        tests/ops/test_fallback.py tests/capture/test_kernel_choice.py tests/test_cuda.py \
+        tests/estimators/test_host_buffers.py
 }
 
 # What the measurement of a user's card finds here. The choices must not change what the sections after it measure.

@@ -73,10 +73,14 @@ def calibrate(show: Callable[[str], object] = print) -> None:
         kinds.setdefault(facts_of(device), device)
     if not kinds:
         raise InputError("calibrate measures on a CUDA device, and torch sees none here; nothing was written.")
+    obstacles = [f"{facts.name}: {facts.obstacle}" for facts in kinds if facts.obstacle]
+    if len(obstacles) == len(kinds):
+        raise InputError(f"there is no kernel to measure on {'; '.join(obstacles)}; nothing was written.")
     for facts, device in kinds.items():
-        if facts.obstacle:
-            raise InputError(f"there is no kernel to measure on {facts.name}: {facts.obstacle}; nothing was written.")
         show(f"{device}: {facts.name}")
+        if facts.obstacle:
+            show(f"  left out: {facts.obstacle}")
+            continue
         with torch.cuda.device(device):
             outcomes = measure(selection, device, steps(device), seconds_on(device), show)
         show(f"  stored in {_stored(facts, outcomes)}")

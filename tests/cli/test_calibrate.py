@@ -160,10 +160,16 @@ class TestCommand:
         assert measured["torch"] == pytest.approx([0.8, 0.8]), "the other kernel was on"
 
     def test_where_kernels_cannot_run(self, gpus, cache, capsys):
-        gpus[0] = replace(FACTS, capability=(7, 0))
+        old = replace(FACTS, capability=(7, 0))
+        gpus[:] = [old, FACTS]
+        assert main(["calibrate"]) == 0
+        assert "cuda:0: Some GPU\n  left out: Triton needs compute capability 8.0" in capsys.readouterr().out
+        (file,) = (cache / "loraga").iterdir()
+        file.unlink()
+        gpus[:] = [old]
         assert main(["calibrate"]) == 2
         assert "no kernel to measure on Some GPU: Triton needs compute capability 8.0" in capsys.readouterr().err
-        assert not os.listdir(cache)
+        assert not os.listdir(cache / "loraga")
 
     def test_where_nothing_can_be_written(self, gpus, cache, capsys, monkeypatch):
         (cache / "loraga").write_text("a file in the way")
