@@ -48,6 +48,11 @@ def make_estimators(
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(config.buffer_dtype)
     if dtype is None:
         dtype = torch.float32 if many or config.estimator == "streaming" else torch.bfloat16
+    if not sketched:
+        for device in {spec.device for spec in specs}:
+            ring = ring_of(device)
+            if ring is not None:
+                ring.reserve(sum(s.m * s.n * dtype.itemsize for s in specs if s.device == device))
     made: dict[str, Estimator] = {}
     alike: defaultdict[Hashable, list[LayerSpec]] = defaultdict(list)
     for spec in specs:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+_ALIGNMENT = 64  # bytes between the starts of buffers in one piece of memory
 _BLOCKS = 3  # one is fetched while a second is added to and a third is written back
 
 
@@ -55,9 +56,37 @@ class HostMatrix:
         stored: the event after the last write, None before the first.
     """
 
-    def __init__(self, m: int, n: int, dtype: torch.dtype, pinned: bool) -> None:
-        self.values = torch.zeros(m, n, dtype=dtype, device="cpu", pin_memory=pinned)
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
         self.stored: Any = None
+
+
+class HostMemory:
+    """Memory for buffers on the host, in pieces that several of them share.
+
+    torch rounds every piece of pinned memory up to a power of two. With a piece for each buffer that is a third of all
+    (4 GiB for the bfloat16 buffers of a 7B model), so pieces are powers of two here, and buffers lie in them one after
+    the other.
+    """
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._piece_bytes = 0
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, total: int) -> None:
+        """Say that buffers of so many bytes in all will be taken; a piece gets about a sixteenth of that."""
+        self._piece_bytes = total // 16
+
+    def take(self, m: int, n: int, dtype: torch.dtype) -> Tensor:
+        """A zero (m, n) of `dtype`."""
+        size = m * n * dtype.itemsize
+        if size > self._free.numel():
+            piece = 1 << (max(size, self._piece_bytes, 1) - 1).bit_length()
+            self._free = torch.zeros(piece, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
+        values = self._free[:size].view(dtype).view(m, n)
+        self._free = self._free[-(-size // _ALIGNMENT) * _ALIGNMENT :]
+        return values
 
 
 class _Block:
@@ -85,11 +114,16 @@ class StagingRing:
         self._blocks = deque(_Block(memory, made) for memory in memories)
         self._block_bytes = size
         self._pending: deque[tuple[Any, tuple[Tensor, ...]]] = deque()
+        self._memory = HostMemory(pinned=device.type == "cuda")
 
     @property
     def device_bytes(self) -> int:
         """Bytes of the blocks on the device."""
         return _BLOCKS * self._block_bytes
+
+    def reserve(self, total: int) -> None:
+        """Say that `matrix` will be called for buffers of so many bytes in all, so that they waste little memory."""
+        self._memory.reserve(total)
 
     def matrix(self, name: str, m: int, n: int, dtype: torch.dtype) -> HostMatrix:
         """A zero buffer (m, n) of `dtype` for layer `name`.
@@ -103,7 +137,7 @@ class StagingRing:
                 f"Layer {name!r}: a row of its buffer takes {row} bytes, more than a third of "
                 f"staging_bytes={self._staging_bytes}; set staging_bytes to at least {_BLOCKS * (row + 16)}."
             )
-        return HostMatrix(m, n, dtype, pinned=self._device.type == "cuda")
+        return HostMatrix(self._memory.take(m, n, dtype))
 
     def update(
         self, host: HostMatrix, add: Callable[[Tensor, slice], object], keep: tuple[Tensor, ...], *, wait: bool = False

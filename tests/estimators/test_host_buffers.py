@@ -12,6 +12,7 @@ from torch import nn
 import loraga
 from loraga.capture.collector import Collector
 from loraga.estimators import Dense, LayerSpec, StagingRing, finish
+from loraga.estimators.host_buffers import HostMemory
 
 CPU = torch.device("cpu")
 # (m, n) of buffers; with blocks of 2400 bytes: several blocks of rows, one exactly, much smaller, one row a block
@@ -229,3 +230,35 @@ def test_estimation_through_a_ring(broken, monkeypatch):
     assert queues.races == [] and len(rings) == 1 and not rings[0]._blocks and not rings[0]._pending
     for name, factors in plain.items():
         assert torch.allclose(found[name].S, factors.S, rtol=1e-3)
+
+
+def test_buffers_of_a_large_model_waste_little_memory(monkeypatch):
+    """Llama-2-7B in bfloat16: torch rounds every piece of pinned memory up to a power of two."""
+    block = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+    shapes, pieces = 32 * block, []
+
+    def meta(size, **options):
+        pieces.append(size)
+        return torch.empty(size, dtype=torch.uint8, device="meta")
+
+    total = sum(2 * m * n for m, n in shapes)
+    memory = HostMemory(pinned=False)
+    memory._free = torch.empty(0, dtype=torch.uint8, device="meta")
+    monkeypatch.setattr(torch, "zeros", meta)
+    memory.reserve(total)
+    taken = [memory.take(m, n, torch.bfloat16) for m, n in shapes]
+    assert sum(1 << (2 * m * n - 1).bit_length() for m, n in shapes) > 1.3 * total
+    assert all(size.bit_count() == 1 for size in pieces) and sum(pieces) < 1.15 * total
+    assert [tuple(t.shape) for t in taken] == shapes
+
+
+@pytest.mark.parametrize("total", [0, 10_000, 10**6])
+def test_buffers_do_not_overlap(total):
+    memory = HostMemory(pinned=False)
+    memory.reserve(total)
+    buffers = [memory.take(m, n, dtype) for m, n in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+    assert not any(buffer.any() for buffer in buffers)
+    for i, buffer in enumerate(buffers):
+        buffer.fill_(i + 1)
+        assert buffer.is_contiguous() and buffer.data_ptr() % 64 == 0
+    assert all((buffer == i + 1).all() for i, buffer in enumerate(buffers))
