@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraga.capture import collector
@@ -20,12 +21,28 @@ META = torch.device("meta")
 READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "item", "equal", "_unique2", "masked_select"}
 
 
+class _NoHostData(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.tensor, torch.as_tensor, torch.from_numpy):
+            raise AssertionError(f"data of the host: {func}")
+        return func(*args, **(kwargs or {}))
+
+
 class NoHostTraffic(TorchDispatchMode):
     """Fails where an op reads a value for the host, or moves data between the host and the device."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ops = 0
+        self._functions = _NoHostData()
+
+    def __enter__(self):
+        self._functions.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        super().__exit__(*exc)
+        self._functions.__exit__(*exc)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -35,8 +52,6 @@ class NoHostTraffic(TorchDispatchMode):
                 return getattr(reference, name)(*args, **kwargs)
         if name in READS:
             raise AssertionError(f"the host waits for a value: {func}")
-        if name == "lift_fresh":
-            raise AssertionError("data of the host: torch.tensor")
         out = func(*args, **kwargs)
         operands = [*args, *kwargs.values()]
         tensors = [t for t in torch.utils._pytree.tree_leaves((operands, out)) if isinstance(t, torch.Tensor)]
