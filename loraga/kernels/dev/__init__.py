@@ -1,1 +1,1 @@
-"""For developers: compile kernels ahead of time."""
+"""For developers: compile kernels ahead of time, search block sizes."""

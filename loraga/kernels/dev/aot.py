@@ -1,97 +1,128 @@
-"""Ahead-of-time compilation of every kernel and tuning entry: no GPU needed, spills seen before a user meets them."""
+"""Ahead-of-time compilation of recorded launches, and what their machine code is made of."""
 
 from __future__ import annotations
 
-import itertools
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
+from multiprocessing import get_context
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from loraga.kernels import accumulate, commit, random, thin
-from loraga.kernels.common import INTERPRETED, Build, sum_builds
-
-FAMILIES = (accumulate, thin, random, commit)
-# Shared memory that one program may take, bytes: 86, 89 and 120 run the entries of 80 with less than an A100 has.
-SHARED_LIMIT = {80: 99 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+from loraga.kernels.common import INTERPRETED
+from loraga.kernels.dev import sass
+from loraga.kernels.dev.devices import MULTIPROCESSORS
+from loraga.kernels.dev.launches import Launch
+from loraga.kernels.dev.workloads import Build, Case, builds
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel takes: registers a thread, bytes of shared memory a program, bytes spilled a thread."""
+    """What one compiled kernel takes, and what it consists of.
 
+    Attributes:
+        kernel, label (`str`): its name, and the first case that launches it.
+        operands (`str`): element types of its tensors.
+        arch (`int`): compute capability, such as 90.
+        uses (`int`): launches of it in all cases.
+        programs (`int`): of the first launch.
+        num_warps, registers, shared, local (`int`): warps, registers a thread, bytes of shared memory a block, and
+            bytes of stack and local memory a thread, which registers are spilled to.
+        resident (`int`): blocks that fit on one multiprocessor.
+        tensor (`int`): products on tensor cores in the main loop.
+        loop (`int`): instructions of the main loop; 0 where there is no loop.
+        loads, wide_loads (`int`): loads from global memory in the main loop, or in the whole kernel where there is no
+            loop; those of 16 bytes a thread or more.
+        asynchronous (`int`): of these loads, those that go to shared memory and pass no register.
+        wide_integers (`int`): 64-bit integer instructions in the main loop, which addresses need.
+        generic (`int`): accesses in the whole kernel that find out at run time which memory is meant.
+        spills (`int`): accesses to local memory in the whole kernel.
+    """
+
+    kernel: str
     label: str
+    operands: str
     arch: int
+    uses: int
+    programs: int
     num_warps: int
     registers: int
     shared: int
-    spilled: int
+    local: int
+    resident: int
+    tensor: int
+    loop: int
+    loads: int
+    wide_loads: int
+    asynchronous: int
+    wide_integers: int
+    generic: int
+    spills: int
 
     @property
-    def fits(self) -> bool:
-        return self.spilled == 0 and self.shared <= SHARED_LIMIT[self.arch]
-
-
-def builds(arch: int) -> Iterator[Build]:
-    """Every kernel as its launcher may call it on `arch`."""
-    for family in FAMILIES:
-        yield from family.builds(arch)
-    yield from sum_builds()
-
-
-def compile_number(arch: int, index: int) -> Usage:
-    """`compile_build` of the build with this number, for a pool of processes: kernels themselves do not travel."""
-    return compile_build(next(itertools.islice(builds(arch), index, None)), arch)
+    def faults(self) -> tuple[str, ...]:
+        """What must not be in any kernel, in words."""
+        found = {
+            "spills registers": self.local > 0 or self.spills > 0,
+            "does not fit on a multiprocessor": self.resident < 1,
+            "accesses memory through generic addresses": self.generic > 0,
+        }
+        return tuple(words for words, is_so in found.items() if is_so)
 
 
 def compile_build(build: Build, arch: int) -> Usage:
-    """Compile for compute capability `arch` (such as 90) and read what the machine code takes."""
+    """Compile for compute capability `arch` and read the machine code.
+
+    Raises:
+        RuntimeError: kernels are interpreted.
+    """
     if INTERPRETED:
         raise RuntimeError("Kernels cannot be compiled while they are interpreted; unset TRITON_INTERPRET.")
-    names = build.kernel.arg_names
-    options = {name: value for name, value in build.config.items() if name in ("num_warps", "num_stages")}
-    constants = build.constants | {name: value for name, value in build.config.items() if name not in options}
-    signature = {name: build.signature.get(name, "constexpr") for name in names}
-    aligned = {  # allocations begin at multiples of 16 bytes
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if signature[name].startswith("*") or (name in build.multiples and signature[name] != "constexpr")
-    }
-    compiled = triton.compile(
-        ASTSource(
-            fn=build.kernel,
-            signature=signature,
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs=aligned,
-        ),
-        target=GPUTarget("cuda", arch, 32),
-        options=options,
+    launch = build.launch
+    compiled = triton.compile(launch.source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    code, taken = sass.read(compiled.asm["cubin"])
+    shared, warps = int(compiled.metadata.shared), int(compiled.metadata.num_warps)
+    columns = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
+    loop = code.main_loop
+    part = loop if loop.instructions else code
+    return Usage(
+        kernel=launch.kernel,
+        label=build.label,
+        operands=_operands(launch),
+        arch=arch,
+        uses=build.uses,
+        programs=math.prod(launch.grid),
+        num_warps=warps,
+        registers=taken.registers,
+        shared=shared,
+        local=taken.local,
+        resident=MULTIPROCESSORS[arch].resident(warps, taken.registers, shared, columns),
+        tensor=loop.count(lambda i: i.is_tensor),
+        loop=len(loop.instructions),
+        loads=part.count(lambda i: i.is_global_load),
+        wide_loads=part.count(lambda i: i.is_wide_load),
+        asynchronous=part.count(lambda i: i.is_asynchronous),
+        wide_integers=loop.count(lambda i: i.is_wide_integer),
+        generic=code.count(lambda i: i.is_generic),
+        spills=code.count(lambda i: i.is_local),
     )
-    registers, spilled = _resources(compiled.asm["cubin"])
-    return Usage(build.label, arch, compiled.metadata.num_warps, registers, int(compiled.metadata.shared), spilled)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack and local memory a thread, as the CUDA tools read them from the machine code."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        said = subprocess.run(
-            [_cuobjdump(), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
-        )
-    found: dict[str, Any] = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said.stdout)}
-    if found.keys() != {"REG", "STACK", "LOCAL"}:
-        raise RuntimeError(f"cuobjdump did not name the resources of the kernel: {said.stdout}")
-    return found["REG"], found["STACK"] + found["LOCAL"]
+def _operands(launch: Launch) -> str:
+    """Element types of the tensors, those of equal neighbours once."""
+    types = [kind.lstrip("*k") for kind in launch.signature.values() if kind.startswith("*")]
+    return " ".join(kind for i, kind in enumerate(types) if i == 0 or types[i - 1] != kind)
 
 
-def _cuobjdump() -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(path) if path.exists() else "cuobjdump"
+def compile_all(archs: Sequence[int], chosen: Sequence[Case] | None = None) -> Iterator[Usage]:
+    """Compile what `chosen` cases (all of them) need, for each of `archs`; two at a time.
+
+    ptxas, a process of its own, is most of the work.
+    """
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        for arch in archs:
+            yield from pool.map(partial(compile_build, arch=arch), builds(arch, chosen))

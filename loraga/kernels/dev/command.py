@@ -1,45 +1,69 @@
-"""`python -m loraga.kernels.dev`: compile every kernel ahead of time."""
+"""`python -m loraga.kernels.dev`: compile the kernels of real initialisations, without a GPU."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+_COLUMNS = (  # heading, width, field
+    ("warps", 6, "num_warps"),
+    ("regs", 5, "registers"),
+    ("shared", 7, "shared"),
+    ("spilled", 8, "local"),
+    ("per SM", 7, "resident"),
+    ("loop", 5, "loop"),
+    ("tensor", 7, "tensor"),
+    ("loads", 6, "loads"),
+    ("16 B", 5, "wide_loads"),
+    ("async", 6, "asynchronous"),
+    ("int64", 6, "wide_integers"),
+    ("generic", 8, "generic"),
+    ("uses", 5, "uses"),
+)
+_LEGEND = """
+per SM: blocks that fit on a multiprocessor. loop: instructions of the main loop. In it: tensor: products on tensor
+cores; loads: from global memory, 16 B: of them those of 16 bytes a thread, async: those that pass no register; int64:
+64-bit integer instructions. generic: accesses in the whole kernel that find out at run time which memory is meant.
+uses: launches in all cases (loraga/kernels/dev/workloads.py)."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loraga.kernels.dev", description=__doc__)
-    parser.add_argument("arch", type=int, nargs="*", help="compute capabilities: 80, 90, 100 (all)")
+    parser.add_argument("arch", type=int, nargs="*", help="compute capabilities, such as 90 (all that are known)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to FILE, too")
     options = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "0"  # read when Triton is imported, below
-    return _compile(options.arch)
-
-
-def _compile(archs: list[int]) -> int:
     from loraga.kernels.dev import aot
-    from loraga.kernels.tuning import ARCHITECTURES
+    from loraga.kernels.dev.devices import ARCHITECTURES
 
-    unknown = [arch for arch in archs if arch not in ARCHITECTURES]
+    unknown = [arch for arch in options.arch if arch not in ARCHITECTURES]
     if unknown:
-        print(f"unknown architectures {unknown}; the table holds {list(ARCHITECTURES)}", file=sys.stderr)
+        print(f"unknown architectures {unknown}; known are {list(ARCHITECTURES)}", file=sys.stderr)
         return 2
-    print(f"{'kernel':<44}{'arch':>6}{'warps':>7}{'registers':>11}{'shared':>9}{'spilled':>9}")
+    rows: list[dict[str, Any]] = []
     bad = 0
-    # two at a time: ptxas, a process of its own, is most of the work
-    with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        for arch in archs or ARCHITECTURES:
-            count = sum(1 for _ in aot.builds(arch))
-            for usage in pool.map(partial(aot.compile_number, arch), range(count)):
-                mark = "" if usage.fits else "   <-- does not fit"
-                print(
-                    f"{usage.label:<44}{usage.arch:>6}{usage.num_warps:>7}{usage.registers:>11}{usage.shared:>9}"
-                    f"{usage.spilled:>9}{mark}",
-                    flush=True,
-                )
-                bad += not usage.fits
-    print(f"{bad} kernels spill or take more shared memory than there is" if bad else "no kernel spills, all fit")
+    shown = None
+    for usage in aot.compile_all(options.arch or ARCHITECTURES):
+        row = asdict(usage)
+        if usage.arch != shown:
+            print(f"\nsm_{usage.arch}\n{'kernel':<22}" + "".join(f"{name:>{width}}" for name, width, _ in _COLUMNS))
+            shown = usage.arch
+        line = f"{usage.kernel.strip('_').removesuffix('_kernel'):<22}"
+        line += "".join(f"{row[field]:>{width}}" for _, width, field in _COLUMNS)
+        print(f"{line}  {usage.operands}: {usage.label}", flush=True)
+        for fault in usage.faults:
+            print(f"   ^ {fault}", flush=True)
+        bad += bool(usage.faults)
+        rows.append(row)
+    print(_LEGEND)
+    print(f"{bad} of {len(rows)} binaries have a fault" if bad else f"{len(rows)} binaries, none has a fault")
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 1 if bad else 0
 
 
