@@ -1,1 +1,1 @@
-"""For developers: compile kernels ahead of time, search block sizes."""
+"""For developers: compile kernels ahead of time, count what a GPU is given to do."""
