@@ -108,6 +108,7 @@ def without_commit():
 
 
 @needs_device
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", ["nothing", "the check", "later launches"])
 def test_a_whole_initialisation_by_the_kernels(monkeypatch, fails):
     """Every op of it goes through the selection, as on a CUDA device. What it finds is what torch finds."""

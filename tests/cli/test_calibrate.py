@@ -177,6 +177,7 @@ class TestCommand:
         assert "the choices cannot be stored: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_a_device(cache):
     command = [sys.executable, "-m", "loraga", "calibrate"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

@@ -168,6 +168,7 @@ def test_nothing_is_launched_where_torch_is_asked_for(selection, monkeypatch):
     assert not seen
 
 
+@pytest.mark.slow
 def test_a_broken_triton_is_a_reason_like_any_other():
     """Its import fails when a kernel is used for the first time."""
     code = (
