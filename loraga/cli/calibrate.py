@@ -21,7 +21,7 @@ from loraga.estimators import Dense, LayerSpec, Streaming
 from loraga.linalg import truncated_svd
 from loraga.ops import calibration
 from loraga.ops.device_facts import DeviceFacts, facts_of
-from loraga.ops.selection import TORCH, TRITON, Selection
+from loraga.ops.selection import TORCH, TRITON, Choice, Selection
 from loraga.ops.triton import selection
 
 ROUNDS = 2
@@ -65,7 +65,8 @@ def calibrate(show: Callable[[str], object] = print) -> None:
     """Measure every kind of CUDA device that torch sees, and store the choices.
 
     Raises:
-        InputError: there is no CUDA device, none that kernels can run on, or the file cannot be written.
+        InputError: there is no CUDA device, none that kernels can run on, too little memory on one, or the file cannot
+            be written.
     """
     kinds: dict[DeviceFacts, torch.device] = {}
     for index in range(torch.cuda.device_count()):
@@ -81,8 +82,11 @@ def calibrate(show: Callable[[str], object] = print) -> None:
         if facts.obstacle:
             show(f"  left out: {facts.obstacle}")
             continue
-        with torch.cuda.device(device):
-            outcomes = measure(selection, device, steps(device), seconds_on(device), show)
+        try:
+            with torch.cuda.device(device):
+                outcomes = measure(selection, device, steps(device), seconds_on(device), show)
+        except torch.OutOfMemoryError as error:
+            raise InputError(f"{device} has too little free memory to measure: {one_line(error)}") from error
         show(f"  stored in {_stored(facts, outcomes)}")
 
 
@@ -101,8 +105,12 @@ def measure(
     seconds: Clock,
     show: Callable[[str], object],
 ) -> dict[str, Outcome]:
-    """What to choose for each op on `device`. Each op is timed while all other usable kernels are on."""
-    usable = {op: selection.unmeasured(op, device) for op in selection.ops}
+    """What to choose for each op on `device`. Each op is timed while all other usable kernels are on.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no memory left.
+    """
+    usable = {op: _usable(op, step, selection, device) for step in steps for op in step.ops}
     others = {op: choice.runs for op, choice in usable.items()}
     outcomes: dict[str, Outcome] = {}
     for step in steps:
@@ -115,6 +123,21 @@ def measure(
     return outcomes
 
 
+def _usable(op: str, step: Step, selection: Selection, device: torch.device) -> Choice:
+    """Whether the kernel of `op` passes its check, and runs `step`, whose sizes are larger than those of the check."""
+    choice = selection.unmeasured(op, device)
+    if choice.runs == TORCH:
+        return choice
+    try:
+        with selection.trial(dict.fromkeys(selection.ops, TORCH) | {op: TRITON}):  # any other error is another kernel's
+            step.run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return Choice(TORCH, f"{type(error).__name__}: {one_line(error)}", failed=True)
+    return choice
+
+
 def _compared(op: str, step: Step, selection: Selection, others: dict[str, str], seconds: Clock) -> Outcome:
     def timed(runs: str) -> float:
         with selection.trial(others | {op: runs}):
@@ -124,12 +147,7 @@ def _compared(op: str, step: Step, selection: Selection, others: dict[str, str],
         pairs = [(timed(TRITON), timed(TORCH)) for _ in range(REPEATS)]  # in turn, so that both see the same clocks
         yield from map(median, zip(*pairs, strict=True))
 
-    try:
-        timed(TRITON)  # which compiles
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"the device has too little free memory to measure: {one_line(error)}") from error
-    except Exception as error:  # the sizes here are larger than those of the check
-        return Outcome(TORCH, f"{type(error).__name__}: {one_line(error)}", step.name)
+    timed(TRITON)  # what is compiled or cached at the first call
     timed(TORCH)
     rounds = [tuple(of_a_round()) for _ in range(ROUNDS)]
     kernel, without = (tuple(times) for times in zip(*rounds, strict=True))

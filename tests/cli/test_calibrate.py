@@ -15,7 +15,6 @@ import torch
 
 from loraga.cli import calibrate
 from loraga.cli.main import main
-from loraga.cli.rows import InputError
 from loraga.ops import calibration
 from loraga.ops.device_facts import DeviceFacts
 from loraga.ops.selection import TORCH, TRITON, Selection
@@ -85,8 +84,8 @@ def test_a_few_slow_calls_do_not_matter():
 def test_each_op_is_compared_while_the_others_are_on():
     gpu = FakeGpu()
     gpu.measure(("basis", "commit_"), ("accumulate_",))
-    kinds = {tuple(run.values()) for run in gpu.steps_run}
-    assert kinds == {
+    timed = {tuple(run.values()) for run in gpu.steps_run[len(OPS) :]}
+    assert timed == {
         (TRITON, TRITON, TRITON),
         (TORCH, TRITON, TRITON),
         (TRITON, TORCH, TRITON),
@@ -97,7 +96,7 @@ def test_each_op_is_compared_while_the_others_are_on():
 def test_both_are_timed_in_turn():
     gpu = FakeGpu()
     gpu.measure(("basis",))
-    runs = [run["basis"] for run in gpu.steps_run]
+    runs = [run["basis"] for run in gpu.steps_run[1:]]
     assert runs == [TRITON, TORCH] * (1 + calibrate.ROUNDS * calibrate.REPEATS)
 
 
@@ -110,25 +109,18 @@ def test_a_kernel_that_fails_its_check_is_neither_timed_nor_on():
     assert {run["basis"] for run in gpu.steps_run} == {TORCH}
 
 
-def test_a_kernel_that_cannot_run_at_full_size_is_off():
-    gpu = FakeGpu()
+def test_a_kernel_that_cannot_run_at_full_size_is_off_and_no_other_is_blamed():
+    gpu = FakeGpu(commit_=0.5)
 
-    def fails() -> None:
-        if gpu.selection.chosen("basis", GPU).runs == TRITON:
+    def fails_with_basis() -> None:
+        gpu.step()
+        if gpu.steps_run[-1]["basis"] == TRITON:
             raise RuntimeError("out of resource")
 
-    steps = [calibrate.Step("step", ("basis",), fails)]
-    found = calibrate.measure(gpu.selection, GPU, steps, lambda step: step() or 1.0, lambda line: None)
-    assert found["basis"].runs == TORCH and found["basis"].reason == "RuntimeError: out of resource"
-
-
-def test_a_full_device_is_said():
-    def fails() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
-
-    steps = [calibrate.Step("step", ("basis",), fails)]
-    with pytest.raises(InputError, match="too little free memory to measure: CUDA out of memory"):
-        calibrate.measure(FakeGpu().selection, GPU, steps, lambda step: step() or 1.0, lambda line: None)
+    steps = [calibrate.Step("step", ("commit_", "basis"), fails_with_basis)]
+    found = calibrate.measure(gpu.selection, GPU, steps, gpu.seconds, lambda line: None)
+    assert found["basis"] == calibrate.Outcome(TORCH, "RuntimeError: out of resource")
+    assert found["commit_"].runs == TRITON
 
 
 class TestCommand:
@@ -170,6 +162,15 @@ class TestCommand:
         assert main(["calibrate"]) == 2
         assert "no kernel to measure on Some GPU: Triton needs compute capability 8.0" in capsys.readouterr().err
         assert not os.listdir(cache / "loraga")
+
+    def test_where_there_is_too_little_memory(self, gpus, cache, capsys, monkeypatch):
+        def fails(device: torch.device) -> list[calibrate.Step]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+        monkeypatch.setattr(calibrate, "steps", fails)
+        assert main(["calibrate"]) == 2
+        assert "cuda:0 has too little free memory to measure: CUDA out of memory" in capsys.readouterr().err
+        assert not os.listdir(cache)
 
     def test_where_nothing_can_be_written(self, gpus, cache, capsys, monkeypatch):
         (cache / "loraga").write_text("a file in the way")
