@@ -17,6 +17,7 @@ SUMS = [torch.float32, torch.bfloat16]
 GRADIENTS = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = {
     "contiguous": lambda: torch.randn(6, 3, 2, 5),
+    "contiguous, not aligned": lambda: torch.randn(181)[1:],
     "channels last": lambda: torch.randn(6, 3, 2, 5).contiguous(memory_format=torch.channels_last),
     "channels last 3d": lambda: torch.randn(4, 3, 2, 2, 5).contiguous(memory_format=torch.channels_last_3d),
     "transposed": lambda: torch.randn(7, 9).T,

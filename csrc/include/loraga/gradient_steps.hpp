@@ -70,6 +70,9 @@ struct Layout {
         }
         return dims == 0 ? 0 : sum + i * strides[0];
     }
+
+    // Whether entry number i lies i entries from the start.
+    bool is_in_order() const { return dims == 0 || (dims == 1 && strides[0] == 1); }
 };
 
 inline std::int64_t count(const GradientProblem& problem) {
