@@ -15,10 +15,13 @@ inline int block_threads(int k) {
     return (pairs + passes - 1) / passes * kLanes;
 }
 
+// Three vectors of k numbers each, in shared memory.
 struct Bookkeeping {
-    double sigma[kJacobiMaxK];
-    double residual[kJacobiMaxK];
-    double coefficients[kJacobiMaxK];
+    double *sigma, *residual, *coefficients;
+
+    static constexpr int kVectors = 3;
+
+    __device__ Bookkeeping(double* memory, int k) : sigma(memory), residual(memory + k), coefficients(memory + 2 * k) {}
 };
 
 // Every lane gets the same bits: each step adds the same two numbers in both lanes of a pair.
@@ -76,9 +79,11 @@ __device__ inline int warp_argmax(const double* values, int k) {
 // what it leaves below that row.
 __device__ inline double reflect_column(const double* direction, double* column, int start, double factor, int k) {
     double product = 0.0;
+#pragma unroll 2  // with more, a thread would need more than its 64 registers
     for (int j = start; j < k; ++j) product += direction[j] * column[j * k];
     product *= factor;
     double below = 0.0;
+#pragma unroll 2
     for (int j = start; j < k; ++j) {
         const double value = column[j * k] - direction[j] * product;
         column[j * k] = value;
@@ -87,7 +92,7 @@ __device__ inline double reflect_column(const double* direction, double* column,
     return below;
 }
 
-__device__ inline void triangularise(double* rows, double* basis, Bookkeeping& book, double negligible, int k) {
+__device__ inline void triangularise(double* rows, double* basis, const Bookkeeping& book, double negligible, int k) {
     for (int i = thread_index(); i < k; i += thread_count()) {
         double square = 0.0;
         for (int j = 0; j < k; ++j) square += rows[j * k + i] * rows[j * k + i];
@@ -145,7 +150,7 @@ __device__ inline double sum_of_squares(const double* rows, double* squares, int
     return sum;
 }
 
-__device__ inline void complete_rows(double* rows, Bookkeeping& book, int k) {
+__device__ inline void complete_rows(double* rows, const Bookkeeping& book, int k) {
     for (int i = thread_index(); i < k; i += thread_count()) {
         double residual = 1.0;
         for (int j = 0; j < k; ++j)
@@ -168,6 +173,7 @@ __device__ inline void complete_rows(double* rows, Bookkeeping& book, int k) {
             __syncthreads();
             for (int i = thread_index(); i < k; i += thread_count()) {
                 double value = row[i];
+#pragma unroll 1
                 for (int j = 0; j < k; ++j)
                     if (book.sigma[j] > 0.0 || j < missing) value -= book.coefficients[j] * rows[j * k + i];
                 row[i] = value;
@@ -185,7 +191,8 @@ __device__ inline void complete_rows(double* rows, Bookkeeping& book, int k) {
 }
 
 __device__ inline JacobiStatus decompose(const float* core, float* u, float* s, float* vh, int k,
-                                         const JacobiOptions& options, double* rows, double* basis, Bookkeeping& book) {
+                                         const JacobiOptions& options, double* rows, double* basis,
+                                         const Bookkeeping& book) {
     if (!load(core, rows, basis, k)) {
         const float nan = nanf("");
         for (int i = thread_index(); i < k * k; i += thread_count()) u[i] = vh[i] = nan;
@@ -223,7 +230,7 @@ __device__ inline JacobiStatus decompose(const float* core, float* u, float* s, 
 
 // The matrices first, first + step, ... of a problem, by one block. `rows` and `basis` hold k * k numbers each.
 __device__ inline void decompose_strided(const JacobiProblem& problem, const JacobiOptions& options, std::int64_t first,
-                                         std::int64_t step, double* rows, double* basis, Bookkeeping& book) {
+                                         std::int64_t step, double* rows, double* basis, const Bookkeeping& book) {
     const std::int64_t k = problem.k;
     for (std::int64_t b = first; b < problem.batch; b += step) {
         const JacobiStatus status = decompose(problem.core + b * k * k, problem.u + b * k * k, problem.s + b * k,

@@ -80,8 +80,9 @@ def test_against_float64_lapack(kind, k, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_largest_size(device):
-    core = torch.stack([CORES["random"](256), CORES["graded"](256)]).float().to(device)
+@pytest.mark.parametrize(("k", "kinds"), [(256, ("random", "graded")), (257, ("half rank",)), (512, ("graded",))])
+def test_wide_cores(k, kinds, device):
+    core = torch.stack([CORES[kind](k) for kind in kinds]).float().to(device)
     check(core, *native_core.jacobi_svd(core))
 
 
@@ -185,8 +186,8 @@ def test_the_core_names_what_is_wrong_with_a_call():
         _raw_call(core, torch.empty(1, dtype=torch.float64))
     with pytest.raises(ValueError, match="max_sweeps is 0"):
         _raw_call(core, _workspace(4), max_sweeps=0)
-    with pytest.raises(ValueError, match="k is 257, allowed are 1 to 256"):
-        native_core._core().cpu.jacobi_svd_workspace(1, 257)
+    with pytest.raises(ValueError, match="k is 513, allowed are 1 to 512"):
+        native_core._core().cpu.jacobi_svd_workspace(1, 513)
     with pytest.raises(ValueError, match="batch is -1"):
         native_core._core().cpu.jacobi_svd_workspace(-1, 4)
 
@@ -229,8 +230,8 @@ def test_runs_on_the_current_stream_without_waiting():
         (torch.ones(1, 2, 2, dtype=torch.float64), TypeError, "float32, not torch.float64"),
         (torch.ones(2, 2), ValueError, r"\(batch, k, k\), not \(2, 2\)"),
         (torch.ones(1, 2, 3), ValueError, r"\(batch, k, k\), not \(1, 2, 3\)"),
-        (torch.ones(1, 257, 257), ValueError, "k = 257; allowed are 1 to 256"),
-        (torch.ones(1, 0, 0), ValueError, "k = 0; allowed are 1 to 256"),
+        (torch.ones(1, 513, 513), ValueError, "k = 513; allowed are 1 to 512"),
+        (torch.ones(1, 0, 0), ValueError, "k = 0; allowed are 1 to 512"),
         (torch.arange(8.0).view(2, 2, 2).mT, ValueError, "contiguous"),
         (torch.ones(1, 2, 2, device="meta"), ValueError, "not on meta"),
     ],

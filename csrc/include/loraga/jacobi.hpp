@@ -11,7 +11,7 @@
 
 namespace loraga {
 
-constexpr int kJacobiMaxK = 256;
+constexpr int kJacobiMaxK = 512;
 
 struct JacobiOptions {
     // Two rows count as orthogonal when the cosine of their angle is at most this. 1e-10 leaves the

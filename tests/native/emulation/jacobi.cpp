@@ -71,7 +71,8 @@ int main(int count, char** arguments) {
         for (const int threads : {loraga::cuda::block_threads(k), loraga::kLanes}) {
             const auto emulated = solve(cores, k, [&](const loraga::JacobiProblem& problem) {
                 std::vector<double> rows(static_cast<std::size_t>(k) * k), basis(rows.size());
-                loraga::cuda::Bookkeeping book;
+                std::vector<double> vectors(static_cast<std::size_t>(loraga::cuda::Bookkeeping::kVectors) * k);
+                const loraga::cuda::Bookkeeping book(vectors.data(), k);
                 emulation::run_block(threads, [&] {
                     loraga::cuda::decompose_strided(problem, options, 0, 1, rows.data(), basis.data(), book);
                 });
