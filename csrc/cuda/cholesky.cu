@@ -1,10 +1,10 @@
 // Launches the Cholesky inverse: one thread block per matrix, which works in shared memory on the packed lower triangle
-// where that fits, else in the output itself, which is small enough to stay in L2.
+// where that fits beside the panel, else in the output itself. That is at most 2 MiB (k = 512, float64) and comes from
+// L2, read and written once a panel.
 //
-// In float64 the packed triangle of k = 80 takes 25 KiB, of k = 128 64.5 KiB, of k = 256 257 KiB; a block may have 227 KiB on
-// sm_90 and sm_100, 163 KiB on sm_80 and 99 KiB on sm_86 and sm_89. So it is shared memory up to k = 239, 202 and 157,
-// beyond every sketch up to adapter rank 16 (k = 128). A square array would end at 168, 142 and 111. In
-// float32 it is half of that.
+// In float64 triangle and panel of k = 80 take 35 KiB, of k = 128 81 KiB, of k = 256 289 KiB; a block may have 227 KiB
+// on sm_90 and sm_100, 163 KiB on sm_80, 99 KiB on sm_86, sm_89 and sm_120. So it is shared memory up to k = 224, 187
+// and 142, in float32 up to 325, 273 and 209.
 #include <algorithm>
 #include <limits>
 
@@ -14,12 +14,24 @@
 namespace loraga::cuda {
 namespace {
 
-template <class Real>
-__global__ void __launch_bounds__(kMaxWarps* kLanes, 1)
-    cholesky_kernel(CholeskyProblem<Real> problem, bool in_shared) {
-    extern __shared__ double shared[];
+template <class Real, bool kInShared>
+__global__ void __launch_bounds__(kCholeskyMaxWarps* kLanes, 1) cholesky_kernel(CholeskyProblem<Real> problem) {
+    extern __shared__ __align__(32) unsigned char shared[];
     __shared__ CholeskyBookkeeping<Real> book;
-    invert_strided(problem, blockIdx.x, gridDim.x, in_shared ? reinterpret_cast<Real*>(shared) : nullptr, book);
+    Real* panel = reinterpret_cast<Real*>(shared);
+    invert_strided<kInShared>(problem, blockIdx.x, gridDim.x, panel, panel + kPanel * cholesky_stride(problem.k), book);
+}
+
+template <class Real, bool kInShared>
+bool launch(const CholeskyProblem<Real>& problem, Target target) {
+    const std::size_t k = problem.k, triangle = kInShared ? k * (k + 1) / 2 : 0;
+    const std::size_t bytes = (kPanel * cholesky_stride(problem.k) + triangle) * sizeof(Real);
+    if (bytes > allow_all_shared_memory(cholesky_kernel<Real, kInShared>, target.device)) return false;
+    const auto blocks = static_cast<int>(std::min<std::int64_t>(problem.batch, std::numeric_limits<int>::max()));
+    cholesky_kernel<Real, kInShared>
+        <<<blocks, cholesky_threads(problem.k), bytes, static_cast<cudaStream_t>(target.stream)>>>(problem);
+    LORAGA_CUDA_CHECK(cudaGetLastError());
+    return true;
 }
 
 }  // namespace
@@ -29,13 +41,7 @@ void cholesky_inverse(const CholeskyProblem<Real>& problem, Target target) {
     check_cholesky_call(problem);
     if (problem.batch == 0) return;
     const DeviceGuard guard(target.device);
-    const std::size_t triangle = static_cast<std::size_t>(problem.k) * (problem.k + 1) / 2 * sizeof(Real);
-    const bool in_shared = triangle <= allow_all_shared_memory(cholesky_kernel<Real>, target.device);
-    const std::size_t bytes = in_shared ? triangle : 0;
-    const auto blocks = static_cast<int>(std::min<std::int64_t>(problem.batch, std::numeric_limits<int>::max()));
-    cholesky_kernel<Real><<<blocks, cholesky_threads(problem.k), bytes, static_cast<cudaStream_t>(target.stream)>>>(
-        problem, in_shared);
-    LORAGA_CUDA_CHECK(cudaGetLastError());
+    if (!launch<Real, true>(problem, target)) launch<Real, false>(problem, target);
 }
 
 template void cholesky_inverse(const CholeskyProblem<float>&, Target);

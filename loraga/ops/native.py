@@ -17,8 +17,9 @@ from torch import Tensor
 from loraga.ops import native_core, reference
 from loraga.ops.declared import implement
 
-# The largest k of the kernels in csrc/; sketches are at most this wide up to adapter rank 32.
-_LARGEST_K = 256
+# The largest k of the kernels in csrc/; sketches are at most this wide up to 128 triplets: an adapter of rank 64 that
+# starts with two for each of its directions, or one of rank 128 that starts with one.
+_LARGEST_K = 512
 
 
 @functools.cache

@@ -158,7 +158,7 @@ def jacobi_svd(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     nothing.
 
     Args:
-        core (`torch.Tensor`): (batch, k, k), float32, contiguous, k from 1 to 256, on a CPU or CUDA device.
+        core (`torch.Tensor`): (batch, k, k), float32, contiguous, k from 1 to 512, on a CPU or CUDA device.
 
     Returns:
         `tuple[torch.Tensor, ...]`: U (batch, k, k), S (batch, k) descending, Vh (batch, k, k), float32, and
@@ -201,7 +201,7 @@ def cholesky_inverse(gram: torch.Tensor, shift: float = 0.0) -> tuple[torch.Tens
     current stream, and the host does not wait for it. Only the lower triangles are read. Autograd records nothing.
 
     Args:
-        gram (`torch.Tensor`): (batch, k, k), float64 or float32, contiguous, k from 1 to 256, on a CPU or CUDA
+        gram (`torch.Tensor`): (batch, k, k), float64 or float32, contiguous, k from 1 to 512, on a CPU or CUDA
             device.
         shift (`float`, *optional*): added to the diagonal, as a share of the trace.
 

@@ -49,7 +49,7 @@ def check(matrices: torch.Tensor, inverse: torch.Tensor, status: torch.Tensor, s
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("k", [1, 2, 3, 17, 32, 80, 129, 256])
+@pytest.mark.parametrize("k", [1, 2, 3, 8, 9, 17, 32, 80, 129, 256])
 @pytest.mark.parametrize(
     ("dtype", "condition"),
     [*((torch.float64, condition) for condition in (1.0, 1e3, 1e8, 1e12)), (torch.float32, 1.0), (torch.float32, 1e3)],
@@ -58,6 +58,23 @@ def test_against_the_definition(k, dtype, condition, device):
     matrices = torch.stack([gram(k, condition), gram(k, condition, clusters=2), gram(k, condition, seed=1)])
     matrices = matrices.to(device, dtype)
     check(matrices, *native_core.cholesky_inverse(matrices))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [257, 300, 384, 512])
+def test_wide_matrices_and_bad_ones_among_them(k, dtype, device):
+    good = gram(k, 100.0)
+    late, infinite, nan = good.clone(), good.clone(), good.clone()
+    late[k - 1, k - 1] = -1.0
+    infinite[k - 1, k - 2] = torch.inf
+    nan[k // 2, 3] = torch.nan
+    matrices = torch.stack([good, late, infinite, nan, torch.zeros_like(good), good]).to(device, dtype)
+    inverse, status = native_core.cholesky_inverse(matrices)
+    assert status.tolist() == [0, k, k, k // 2 + 1, 1, 0]
+    assert inverse[1:5].isnan().all()
+    check(matrices[[0, 5]], inverse[[0, 5]], status[[0, 5]])
+    assert torch.equal(inverse[0], inverse[5])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -189,8 +206,8 @@ def test_runs_on_the_current_stream_without_waiting():
         (torch.ones(1, 2, 2).half(), 0.0, TypeError, "float64 or float32, not torch.float16.*torch.float64"),
         (torch.ones(2, 2).double(), 0.0, ValueError, r"\(batch, k, k\), not \(2, 2\)"),
         (torch.ones(1, 2, 3).double(), 0.0, ValueError, r"\(batch, k, k\), not \(1, 2, 3\)"),
-        (torch.ones(1, 257, 257).double(), 0.0, ValueError, "k = 257; allowed are 1 to 256"),
-        (torch.ones(1, 0, 0).double(), 0.0, ValueError, "k = 0; allowed are 1 to 256"),
+        (torch.ones(1, 513, 513).double(), 0.0, ValueError, "k = 513; allowed are 1 to 512"),
+        (torch.ones(1, 0, 0).double(), 0.0, ValueError, "k = 0; allowed are 1 to 512"),
         (torch.arange(8.0).double().view(2, 2, 2).mT, 0.0, ValueError, "contiguous"),
         (torch.ones(1, 2, 2, dtype=torch.float64, device="meta"), 0.0, ValueError, "not on meta"),
         (torch.ones(1, 2, 2).double(), -1.0, ValueError, "shift is -1"),

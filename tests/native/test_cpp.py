@@ -1,9 +1,8 @@
-"""The native core below Python: sanitizers, the CUDA kernel on emulated threads, and what nvcc makes of it."""
+"""The native core below Python: sanitizers, and the CUDA kernels on emulated threads."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,16 +20,8 @@ CORES = sorted(path.stem for path in (CSRC / "cpu").glob("*.cpp"))
 WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-g")
 
 
-def _nvcc() -> str | None:
-    """The nvcc that CMakeLists.txt would find."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    beside = [shutil.which("nvcc", path=str(Path(home) / "bin")) for home in homes if home]
-    return next((found for found in [os.environ.get("CUDACXX"), *beside, shutil.which("nvcc")] if found), None)
-
-
 compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(compiler is None, reason="no C++ compiler on this machine")
-needs_nvcc = pytest.mark.skipif(_nvcc() is None, reason="no nvcc on this machine")
 
 
 def _build(output: Path, *arguments: str | Path) -> Path:
@@ -54,14 +45,14 @@ def test_host_twin_under_address_and_undefined_behaviour_sanitizers(name, tmp_pa
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "arguments", "comparisons"),
-    [("cholesky", ("1", "2", "9", "40"), 32), ("gradient", (), 36), ("jacobi", ("1", "2", "5", "9"), 8)],
+    [("cholesky", ("1", "2", "9", "40"), 32), ("gradient", (), 60), ("jacobi", ("1", "2", "5", "9"), 8)],
 )
 def test_cuda_kernel_on_emulated_threads_gives_the_bits_of_the_host_twin(name, arguments, comparisons, tmp_path):
     """A missing barrier is a data race to ThreadSanitizer, wrong bits, or a hang: removing any one of them fails."""
     emulation = HERE / "emulation"
     program = _build(
         tmp_path / "emulated",
-        *("-O1", "-fsanitize=thread", "-ffp-contract=off", "-pthread"),
+        *("-O1", "-fsanitize=thread", "-ffp-contract=off", "-pthread", "-Wno-unknown-pragmas"),
         *(f"-I{emulation}", f"-I{CSRC}", emulation / f"{name}.cpp", CSRC / "cpu" / f"{name}.cpp"),
     )
     command = [str(program), *arguments]
@@ -70,26 +61,3 @@ def test_cuda_kernel_on_emulated_threads_gives_the_bits_of_the_host_twin(name, a
         ran = subprocess.run(["setarch", "-R", *command], capture_output=True, text=True, timeout=200)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.count("same bits") == comparisons
-
-
-@needs_nvcc
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100"])
-def test_kernels_compile_without_spills(architecture, tmp_path):
-    nvcc = _nvcc()
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    if architecture not in known:
-        pytest.skip(f"this nvcc does not know {architecture}")
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
-        command = [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
-        command += [f"-I{CSRC / 'include'}", source, "-o", tmp_path / "out.cubin"]
-        compiled = subprocess.run(command, capture_output=True, text=True)
-        assert compiled.returncode == 0, compiled.stderr
-        spills = re.findall(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.stderr
-        )
-        used = re.findall(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?", compiled.stderr)
-        assert spills, f"ptxas reported nothing:\n{compiled.stderr}"
-        assert len(used) == len(spills)
-        for (registers, shared), numbers in zip(used, spills, strict=True):
-            print(f"{source.name} {architecture}: {registers} registers, {shared or 0} B shared, spills {numbers}")
-            assert numbers == ("0", "0", "0")

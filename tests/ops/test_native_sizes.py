@@ -7,7 +7,7 @@ import torch
 
 from loraga.ops import native, native_core, reference
 
-LARGEST = 256  # the sketch of an adapter of rank 32 with two triplets each
+LARGEST = 512  # the sketch for 128 triplets
 
 
 @pytest.fixture
@@ -31,9 +31,10 @@ def calls(monkeypatch) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("k", [1, 8, 9, 80, LARGEST - 1, LARGEST, LARGEST + 1])
 def test_the_native_core_gets_what_it_is_made_for(k, calls):
-    native.cholesky_inverse(torch.eye(k, dtype=torch.float64)[None], 0.0)
+    for dtype in (torch.float64, torch.float32):
+        assert native.cholesky_inverse(torch.eye(k, dtype=dtype)[None], 0.0).dtype == dtype
     native.small_svd(torch.eye(k)[None])
-    assert calls == ([("cholesky_inverse", k), ("small_svd", k)] if k <= LARGEST else [])
+    assert calls == ([*2 * [("cholesky_inverse", k)], ("small_svd", k)] if k <= LARGEST else [])
 
 
 @pytest.mark.skipif(not native_core.available(), reason="no native core")

@@ -1,7 +1,7 @@
 // Inverses of the Cholesky factors of many small Gram matrices.
 //
-// The interface of the core: raw pointers, shapes and a stream, nothing of torch. Nothing is allocated and no workspace
-// is needed: where a matrix does not fit into shared memory, its output is worked on in place.
+// The interface of the core: raw pointers, shapes and a stream, nothing of torch. The caller brings no workspace: where
+// a matrix does not fit into shared memory, its output is worked on in place, and the host twin allocates what it needs.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace loraga {
 
-constexpr int kCholeskyMaxK = 256;
+constexpr int kCholeskyMaxK = 512;
 
 // inverse = L^-1 with L L' = gram + shift * trace(gram) * I, L lower triangular with a positive diagonal.
 // All arrays are dense and row-major; the output must not overlap the input. Real is float or double, and so is all

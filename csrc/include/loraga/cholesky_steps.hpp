@@ -5,9 +5,15 @@
 // sums of the others; the rest holds the Schur complement. Step j turns row j into that of X, takes column j of L, and
 // subtracts from each row i > j the multiple L_ij of one vector w:
 //   w = (X_j0 .. X_jj | L_j+1,j .. L_k-1,j),   where column j itself, now free, starts from zero.
-// Every entry is a sum in the order of the steps, so rows can be shared out among threads in any way and give the same
-// bits. Each step touches all columns of the rows below it: k^3/3 multiplications, and no thread runs out of work as
-// the Schur complement shrinks.
+// Each step touches all columns of the rows below it: k^3/3 multiplications.
+//
+// Steps are taken in panels, so that an entry is read and written once a panel and not once a step. The panel holds a
+// row for each of its steps, which becomes that step's w: first the row of the array up to the diagonal, then the column
+// below the diagonal. The steps of a panel subtract from its own rows first; then each row below it subtracts all their
+// multiples at a time. There, L_ij with both indices in the panel counts as zero, as its column starts from zero later.
+//
+// Every entry is a sum in the order of the steps. So neither the width of a panel nor the way rows are shared out among
+// threads changes a bit of the result.
 #pragma once
 
 #include <cfloat>
@@ -18,16 +24,6 @@
 #include "loraga/portable.hpp"
 
 namespace loraga {
-
-// The lower triangle of a k x k matrix: packed row after row, or as a part of the whole matrix.
-template <class Real>
-struct Triangle {
-    Real* data;
-    int k;
-    bool packed;
-
-    LORAGA_HOST_DEVICE_MEMBER Real* row(int i) const { return data + (packed ? i * (i + 1) / 2 : i * k); }
-};
 
 LORAGA_HOST_DEVICE bool is_pivot(float value) { return value > 0.0f && value <= FLT_MAX; }
 LORAGA_HOST_DEVICE bool is_pivot(double value) { return value > 0.0 && value <= DBL_MAX; }

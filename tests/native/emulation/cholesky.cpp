@@ -11,6 +11,8 @@
 
 namespace {
 
+using namespace loraga::cuda;
+
 // A batch with one matrix of each kind: well conditioned, nearly singular, zero, indefinite in the middle, not finite.
 constexpr int kKinds = 5;
 
@@ -54,14 +56,19 @@ int compare(int k, double shift, const char* type) {
     int wrong = 0;
     const auto grams = make_grams<Real>(k);
     const auto host = solve(grams, k, shift, loraga::cpu::cholesky_inverse<Real>);
-    // With a single warp, that warp takes several rows per step, as every warp of a full block does.
-    for (const int threads : {loraga::cuda::cholesky_threads(k), 2 * loraga::kLanes})
+    // With few warps, each takes rows several times, as in a full block from k = 65 on.
+    for (const int threads : {cholesky_threads(k), 2 * loraga::kLanes})
         for (const bool in_shared : {true, false}) {
             const auto emulated = solve(grams, k, shift, [&](const loraga::CholeskyProblem<Real>& problem) {
-                std::vector<Real> shared(static_cast<std::size_t>(k) * (k + 1) / 2);
-                loraga::cuda::CholeskyBookkeeping<Real> book;
+                std::vector<Real> memory(static_cast<std::size_t>(k) * (k + 1) / 2);
+                std::vector<RowFactors<Real>> groups(kPanel * cholesky_stride(k) / kRows);
+                Real* panel = groups.data()->of;
+                CholeskyBookkeeping<Real> book;
                 emulation::run_block(threads, [&] {
-                    loraga::cuda::invert_strided(problem, 0, 1, in_shared ? shared.data() : nullptr, book);
+                    if (in_shared)
+                        invert_strided<true>(problem, 0, 1, panel, memory.data(), book);
+                    else
+                        invert_strided<false, Real>(problem, 0, 1, panel, nullptr, book);
                 });
             });
             const bool right = host == emulated && host.status[0] == 0 && host.status[2] == 1 &&

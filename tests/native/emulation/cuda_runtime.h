@@ -9,11 +9,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
 
 #define __device__
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 
 namespace emulation {
 
@@ -33,8 +38,7 @@ class Barrier {
 
 struct Warp {
     Barrier barrier{kWarp};
-    double doubles[kWarp];
-    int ints[kWarp];
+    alignas(8) unsigned char mailbox[kWarp][8];
 };
 
 struct Block {
@@ -65,28 +69,20 @@ inline int __syncthreads_or(int vote) {
     return any;
 }
 
-namespace emulation {
+template <class T>
+T __shfl_sync(unsigned, T value, int source_lane) {
+    static_assert(sizeof(T) <= 8, "longer than a number");
+    auto& warp = *this_block->warps[threadIdx.x / emulation::kWarp];
+    std::memcpy(warp.mailbox[threadIdx.x % emulation::kWarp], &value, sizeof(T));
+    warp.barrier.wait();
+    std::memcpy(&value, warp.mailbox[source_lane], sizeof(T));
+    warp.barrier.wait();
+    return value;
+}
 
 template <class T>
-T exchange(Warp& warp, T* mailbox, T value, int lane_mask) {
-    const int lane = threadIdx.x % kWarp;
-    mailbox[lane] = value;
-    warp.barrier.wait();
-    const T received = mailbox[lane ^ lane_mask];
-    warp.barrier.wait();
-    return received;
-}
-
-}  // namespace emulation
-
-inline double __shfl_xor_sync(unsigned, double value, int lane_mask) {
-    auto& warp = *this_block->warps[threadIdx.x / emulation::kWarp];
-    return emulation::exchange(warp, warp.doubles, value, lane_mask);
-}
-
-inline int __shfl_xor_sync(unsigned, int value, int lane_mask) {
-    auto& warp = *this_block->warps[threadIdx.x / emulation::kWarp];
-    return emulation::exchange(warp, warp.ints, value, lane_mask);
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+    return __shfl_sync(mask, value, threadIdx.x % emulation::kWarp ^ lane_mask);
 }
 
 namespace emulation {
@@ -108,5 +104,6 @@ void run_block(int threads, const Body& body) {
 }  // namespace emulation
 
 using std::isfinite;
+using std::max;
 using std::min;
 using std::sqrt;
