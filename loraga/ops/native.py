@@ -48,7 +48,7 @@ def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cholesky_inverse(gram: Tensor, shift: float) -> Tensor:
-    if not _fits(gram) or gram.dtype == torch.float32:
+    if not _fits(gram):
         return reference.cholesky_inverse(gram, shift)
     return native_core.cholesky_inverse(_batch(gram), shift)[0].view(gram.shape)
 
