@@ -172,13 +172,13 @@ class Streaming:
         # A NaN or Inf in x or dy makes `reached` or the new Z not finite. Then `commit_` keeps the old state.
         if first._empty:  # there is no Z to start from: start with a random matrix on the left, for half of a pass
             start = [test_matrix(s.spec.m, s.columns, s.spec.seed, s.spec.device) for s in group]
-            v = declared.basis(right_products(xs, dys, stacked(start), rounded=True).mT)
+            v = declared.basis(right_products(xs, dys, stacked(start), rounded=True).mT, passes=1)
         else:
-            v = declared.basis(z.mT)
+            v = declared.basis(z.mT, passes=1)
         reached = left(v, torch.cat((v, probes), dim=2))
         new_q = declared.basis(reached[..., : first.columns])
         for _ in range(power_steps(first._micro_batches)):
-            v = declared.basis(right(new_q, rounded=True).mT)
+            v = declared.basis(right(new_q, rounded=True).mT, passes=1)
             new_q = declared.basis(left(v, v))
         del v
         finite = declared.commit_(q, z, probed, new_q, right(new_q, rounded=False), reached)

@@ -1,8 +1,9 @@
 """Bases of batches of tall blocks in float32: CholeskyQR twice, of a scaled, jittered block that is never stored.
 
     A = Y D + N W             D: columns to unit norm; N: columns of the DCT; W: JITTER, or 1 for a zero column of Y
-    twice:  L Lᵀ = AᵀA + 1e-7 trace(AᵀA) I        `cholesky_inverse`, k x k
-            A <- A L⁻ᵀ
+    then in each pass:
+    L Lᵀ = AᵀA + 1e-7 trace(AᵀA) I        `cholesky_inverse`, k x k
+    A <- A L⁻ᵀ
 
 (Shifted CholeskyQR, Fukaya et al. 2020; docs/numerics.md says what a float32 Gram matrix can promise.) A is made anew
 from Y, its norms and the index of the entry in each of the two kernels of the first pass. The second pass reads the
@@ -12,8 +13,8 @@ Y comes as Zᵀ, or as a slice of a product whose columns are contiguous: any st
 columns are contiguous. Blocks of columns are powers of two: 80 are one block of 64 and one of 16 beside it, so that
 80, 96, 128 and multiples of 128 (or of 64: 160 are padded to 192) are not padded.
 
-Launches: 7 (norms; Gram, factor and product in each pass), and one more for each Gram matrix whose sum is cut into
-parts, so at most 9 whatever the batch. Parts are added in a fixed order, without atomics.
+Launches: 7 with two passes and 4 with one (norms; Gram, factor and product in each pass), and one more for each Gram
+matrix whose sum is cut into parts, so at most 9 whatever the batch. Parts are added in a fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -282,7 +283,7 @@ def _config(table: dict[int, dict[str, int]], main: int) -> dict[str, int]:
     return next(config for most, config in table.items() if main <= most)
 
 
-def basis(y: Tensor) -> Tensor:
+def basis(y: Tensor, passes: int = 2) -> Tensor:
     """See `ops.declared.basis`: contiguous float32 Q of the shape of y (..., m, k) float32, any strides, m >= k."""
     if y.numel() == 0:
         return torch.empty(y.shape, dtype=torch.float32, device=y.device)
@@ -291,7 +292,7 @@ def basis(y: Tensor) -> Tensor:
     k = y.shape[-1]
     scales = torch.empty(len(block), 2, k, dtype=torch.float32, device=y.device)
     frequency = torch.empty(k, dtype=torch.int32, device=y.device)
-    for raw in (False, True):
+    for raw in (False, True)[:passes]:
         gram = _gram(block, norms, scales, frequency, raw)
         inverse = declared.cholesky_inverse(gram, reference.BASIS_SHIFT)
         block = _product(block, scales, frequency, inverse, raw)

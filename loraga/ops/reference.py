@@ -188,15 +188,15 @@ def _times(a: Tensor, inverse: Tensor, by_columns: bool) -> Tensor:
 
 
 @implement("basis", _KEY)
-def basis(y: Tensor) -> Tensor:
-    """Column scaling, then CholeskyQR twice in float32, each with the shift BASIS_SHIFT (docs/numerics.md).
+def basis(y: Tensor, passes: int = 2) -> Tensor:
+    """Column scaling, then passes of CholeskyQR in float32, each with the shift BASIS_SHIFT (docs/numerics.md).
 
     The shift is larger than what rounding can take from the smallest eigenvalue of the Gram matrix, so the Cholesky
     factor exists for any input (shifted CholeskyQR: Fukaya et al., 2020). A column below SMALLEST_NORM counts as zero.
     """
     by_columns = y.is_cpu and y.stride(-2) == 1
     a = _jittered(y, torch.float32)
-    for _ in range(2):
+    for _ in range(passes):
         a = _times(a, declared.cholesky_inverse(a.mT @ a, BASIS_SHIFT), by_columns)
     return a.contiguous()
 

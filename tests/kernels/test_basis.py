@@ -27,10 +27,10 @@ def jittered(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return unit + noise * torch.where(known, reference.JITTER, 1.0).to(dtype)
 
 
-def exact(y: torch.Tensor) -> torch.Tensor:
+def exact(y: torch.Tensor, passes: int = 2) -> torch.Tensor:
     """The definition in float64 arithmetic."""
     a = jittered(y, torch.float64)
-    for _ in range(2):
+    for _ in range(passes):
         a = a @ reference.cholesky_inverse(a.mT @ a, reference.BASIS_SHIFT).mT
     return a
 
@@ -166,3 +166,10 @@ def test_usual_numbers_of_columns_are_not_padded():
         blocks, main, rest = kernels.blocks_of_columns(k)
         assert (blocks - 1) * main < k <= blocks * main + rest < k + (32 if k <= 128 else 64)
         assert main in (16, 32, 64, 128) and rest in (0, 16, 32) and rest < main and (blocks == 1 or rest == 0)
+
+
+@pytest.mark.parametrize("kind", ["random", "zero columns", "scaled columns"])
+def test_one_pass_is_the_definition_of_one(kind):
+    y = tall(kind, 150, 80).t().contiguous().t()
+    assert_as_good(basis(y, 1), exact(y, 1), basis_reference(y, 1))
+    assert (exact(y, 1) - exact(y)).abs().max() > 1e-7  # the second pass would be seen

@@ -48,6 +48,7 @@ def tall(kind: str, m: int, k: int) -> torch.Tensor:
         ("commit_", lambda: tuple(torch.randn(2, *s) for s in ((6, 2), (2, 4), (6, 1), (6, 2), (2, 4), (6, 3)))),
         ("accumulate_", lambda: (torch.zeros(6, 4), torch.randn(9, 4), torch.randn(9, 6), 0.5)),
         ("basis", lambda: (torch.randn(2, 9, 4),)),
+        ("basis", lambda: (torch.randn(2, 9, 4), 1)),
         ("orthonormalize", lambda: (torch.randn(2, 9, 4),)),
         ("subspace", lambda: (torch.randn(2, 9, 7), 4, 1, [1, 2])),
         ("subspace", lambda: (torch.randn(2, 7, 9).bfloat16().mT, 4, 1, [1, 2])),
@@ -79,6 +80,7 @@ def test_registration(op, args):
         (lambda: declared.orthonormalize(torch.randn(4, 3).double()), "float32"),
         (lambda: declared.basis(torch.randn(3, 4)), "m >= k"),
         (lambda: declared.basis(torch.randn(4, 3).half()), "float32"),
+        (lambda: declared.basis(torch.randn(4, 3), 3), "1 or 2, got 3"),
         (lambda: declared.subspace(torch.randn(3, 4), 2, 1, [0]), r"\(b, m, n\)"),
         (lambda: declared.subspace(torch.randn(1, 5, 4), 5, 1, [0]), "min"),
         (lambda: declared.subspace(torch.randn(2, 5, 4), 2, 1, [0]), "2 seeds"),
@@ -260,6 +262,20 @@ def test_basis_of_a_good_block_is_orthonormal(condition):
     y = (u * torch.logspace(0, -1, 80, base=condition, dtype=torch.float64) @ v.T).float()
     q = declared.basis(y).double()
     assert (q.T @ q - torch.eye(80)).norm(2) < (1e-4 if condition == 1e1 else 1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_basis_of_one_pass(kind):
+    """Strong directions have length one, none is longer, and what the block has is in the range of Q."""
+    y = tall(kind, 200, 80)
+    q = declared.basis(y, passes=1).double()
+    unit = y.double() / y.double().norm(dim=0).clamp_min(1e-300)
+    u, s, _ = torch.linalg.svd(unit, full_matrices=False)
+    values = torch.linalg.svdvals(q)
+    assert values[0] < 1 + 1e-4 and values[-1] > 1e-5
+    if s[0] > 0:
+        assert torch.linalg.svdvals(q.T @ u[:, s > 3e-2 * s[0]])[-1] > 0.99
+    assert (unit - q @ torch.linalg.lstsq(q, unit).solution).norm() < 1e-4 * max(1.0, float(unit.norm()))
 
 
 def test_basis_of_a_batch_is_that_of_each_block():
