@@ -169,7 +169,8 @@ def _gram_kernel(
             if (part == 0) & (left == right):
                 tl.store(scales_ptr + a, af, mask=a < k)
                 tl.store(scales_ptr + k + a, aw, mask=a < k)
-                tl.store(frequency_ptr + a, aq, mask=(a < k) & (batch == 0))
+                if batch == 0:
+                    tl.store(frequency_ptr + a, aq, mask=a < k)
             if not ONE:
                 cf, cw, cq = _scales(norms_ptr, parts, batch, c, m, k, weight, jitter, smallest, PARTS)
             if REST:
@@ -177,7 +178,8 @@ def _gram_kernel(
                 if part == 0:
                     tl.store(scales_ptr + b, bf, mask=b < k)
                     tl.store(scales_ptr + k + b, bw, mask=b < k)
-                    tl.store(frequency_ptr + b, bq, mask=(b < k) & (batch == 0))
+                    if batch == 0:
+                        tl.store(frequency_ptr + b, bq, mask=b < k)
 
         for start in range(part * BLOCK_M, m, splits * BLOCK_M):
             row = start + rows
