@@ -118,11 +118,11 @@ def _operands(launch: Launch) -> str:
     return " ".join(kind for i, kind in enumerate(types) if i == 0 or types[i - 1] != kind)
 
 
-def compile_all(archs: Sequence[int], chosen: Sequence[Case] | None = None) -> Iterator[Usage]:
-    """Compile what `chosen` cases (all of them) need, for each of `archs`; two at a time.
+def compile_all(archs: Sequence[int], chosen: Sequence[Case] | None = None, every: bool = True) -> Iterator[Usage]:
+    """Compile what `chosen` cases (all of them) need, for each of `archs`; two at a time. `every` is as in `builds`.
 
     ptxas, a process of its own, is most of the work.
     """
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         for arch in archs:
-            yield from pool.map(partial(compile_build, arch=arch), builds(arch, chosen))
+            yield from pool.map(partial(compile_build, arch=arch), builds(arch, chosen, every))

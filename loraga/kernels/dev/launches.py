@@ -61,10 +61,21 @@ class Launch:
         return repr((self.module, self.kernel, self.signature, self.constants, self.attributes, self.options))
 
     @property
+    def family(self) -> str:
+        """Equal for launches of one kernel with the same element types, declared constants and options."""
+        function = self._function
+        declared = {i: self.constants.get((i,)) for i in function.constexprs}
+        pointers = [kind for kind in self.signature.values() if kind.startswith("*")]
+        return repr((self.module, self.kernel, declared, pointers, self.options))
+
+    @property
     def source(self) -> ASTSource:
         """What Triton compiles."""
-        function = getattr(importlib.import_module(self.module), self.kernel)
-        return ASTSource(fn=function, signature=self.signature, constexprs=self.constants, attrs=self.attributes)
+        return ASTSource(fn=self._function, signature=self.signature, constexprs=self.constants, attrs=self.attributes)
+
+    @property
+    def _function(self) -> Any:
+        return getattr(importlib.import_module(self.module), self.kernel)
 
 
 class _PretendedDriver:

@@ -137,14 +137,18 @@ class Build:
     uses: int
 
 
-def builds(arch: int, chosen: Sequence[Case] | None = None) -> list[Build]:
-    """The binaries that `chosen` cases (all of them) need on a card of compute capability `arch`, in a fixed order."""
+def builds(arch: int, chosen: Sequence[Case] | None = None, every: bool = True) -> list[Build]:
+    """The binaries that `chosen` cases (all of them) need on a card of compute capability `arch`, in a fixed order.
+
+    Without `every`, only the first of those that differ in nothing but which integers are 1 or divisible by 16.
+    """
     found: dict[str, Build] = {}
     for case in cases() if chosen is None else chosen:
         with counted(arch) as steps:
             case.run()
         for launch in steps.launches:
-            known = found.get(launch.key)
+            key = launch.key if every else launch.family
+            known = found.get(key)
             first, label, uses = (launch, case.label, 0) if known is None else (known.launch, known.label, known.uses)
-            found[launch.key] = Build(first, label, uses + 1)
+            found[key] = Build(first, label, uses + 1)
     return list(found.values())
