@@ -87,7 +87,10 @@ def _basis(run: Run, device: torch.device) -> _Results:
         if len(shape) == 2:  # the updates of an estimator give blocks of both layouts
             y = y.mT.contiguous().mT
         truth = _orthonormal(y)
-        yield _error(run(y.to(device)), truth), _allowed(reference.basis(y), truth), f"the basis of {shape}"
+        for passes in (1, 2):
+            usual = reference.basis(y, passes)
+            what = f"the basis of {shape} by {passes} passes"
+            yield _error(run(y.to(device), passes), truth), _allowed(usual, truth), what
 
 
 def _orthonormal(y: Tensor) -> Tensor:

@@ -58,17 +58,21 @@ def last_row_left_out(out, seed):
     out[:-1] = whole[:-1]
 
 
-def of_the_first_layer(y):
-    return reference.basis(y[:1]).expand_as(y) if y.dim() == 3 else reference.basis(y)
+def of_the_first_layer(y, passes):
+    return reference.basis(y[:1], passes).expand_as(y) if y.dim() == 3 else reference.basis(y, passes)
 
 
-def without_the_second_pass(y):
+def with_a_large_shift(y, passes):
     a = reference._jittered(y, torch.float32)
     return (a @ reference.cholesky_inverse(a.mT @ a, 1e-3).mT).contiguous()
 
 
-def zero_stays_zero(y):
-    return torch.where((y == 0).all(dim=-2, keepdim=True), 0.0, reference.basis(y))
+def wrong_where_there_is_one_pass(y, passes):
+    return reference.basis(y, passes) if passes == 2 else y
+
+
+def zero_stays_zero(y, passes):
+    return torch.where((y == 0).all(dim=-2, keepdim=True), 0.0, reference.basis(y, passes))
 
 
 def one_decides_for_all(q, z, probed, new_q, new_z, left):
@@ -138,7 +142,8 @@ WRONG = [
     ("test_matrix_", last_row_left_out),
     ("test_matrix_", scaled("test_matrix_")),
     ("basis", of_the_first_layer),
-    ("basis", without_the_second_pass),
+    ("basis", with_a_large_shift),
+    ("basis", wrong_where_there_is_one_pass),
     ("basis", zero_stays_zero),
     ("basis", scaled("basis")),
     ("commit_", one_decides_for_all),
