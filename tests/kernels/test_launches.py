@@ -55,6 +55,11 @@ def test_what_is_no_launch_is_not_counted():
     with counted() as steps:
         (x @ x.t()).add_(1)
     assert [(s.name, s.flops, s.bytes) for s in steps.steps] == [("mm", 512, 512), ("add_", 0, 512)]
+    half, total = x.to(BF16), torch.empty(8, 8, device="meta")
+    with counted() as steps:
+        torch.addmm(total, half, half.t(), out_dtype=torch.float32, alpha=2.0, out=total)
+        torch.bmm(half[None], half.t()[None], out_dtype=torch.float32)
+    assert [(s.name, s.flops, s.bytes) for s in steps.steps] == [("addmm", 512, 640), ("bmm", 512, 384)]
 
 
 @pytest.mark.slow

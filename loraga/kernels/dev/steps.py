@@ -29,6 +29,7 @@ aten = torch.ops.aten
 # Ops that only reserve memory, and no kernel runs.
 _RESERVING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 _FLOPS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm], aten.baddbmm_: flop_registry[aten.baddbmm]}
+_PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_}
 _NATIVE = ("cholesky_inverse", "small_svd", "gradient_add_")
 
 
@@ -133,8 +134,12 @@ class Steps(TorchDispatchMode):
             self.views += 1
             return
         formula = self._formulas.get(func._overloadpacket)
-        products = args[:2] if func is aten.bmm.dtype else args  # torch's formula for bmm knows no dtype of the result
-        flops = formula(*products, **kwargs, out_val=out) if formula is not None else 0
+        if formula is None:
+            flops = 0
+        elif func._overloadpacket in _PRODUCTS:  # whose formulas know neither the dtype of the result nor where it goes
+            flops = formula(*(arg for arg in args if isinstance(arg, Tensor)), out_val=out)
+        else:
+            flops = formula(*args, **kwargs, out_val=out)
         shapes = tuple(tuple(t.shape) for t in operands + results)
         moved = _bytes(operands) + _bytes(results)
         self.steps.append(Step("torch", name, shapes, _dtype((operands + results)[0]), moved, flops))
