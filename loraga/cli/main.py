@@ -235,7 +235,9 @@ def _init(args: argparse.Namespace) -> None:
             notes.append(f"rows are cut off at {max_length} tokens, the model's largest length")
         for note in notes:
             _tell(f"note: {note}")
-        model = hf_models.load_model(args.model, config, args.dtype, args.seed, args.trust_remote_code).to(device)
+        model = hf_models.load_model(args.model, config, args.dtype, args.seed, args.trust_remote_code)
+        if model.device != device:  # transformers 4 refuses to move an 8-bit model, even to where it is
+            model = model.to(device)
         peft_model = loraga.fast_init(
             model, batches, _lora_config(args, task), init=init, seed=args.seed, show_progress_bar=not args.quiet
         )

@@ -178,7 +178,8 @@ def _jittered(y: Tensor, dtype: torch.dtype) -> Tensor:
     norm = torch.linalg.vector_norm(y, dim=-2, keepdim=True, dtype=torch.float64)
     known = norm > SMALLEST_NORM
     unit = torch.where(known, norm.reciprocal(), 0.0).to(dtype)
-    weight = torch.where(known, JITTER, 1.0).to(dtype)  # not the caller's default dtype
+    # of two numbers `where` would make the caller's default dtype, in which JITTER may be another number
+    weight = torch.where(known, norm.new_full((), JITTER, dtype=dtype), 1.0)
     return torch.addcmul(noise * weight, y.to(dtype), unit)
 
 
