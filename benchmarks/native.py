@@ -3,9 +3,10 @@
     python benchmarks/native.py --output benchmarks/results/native-cpu.json
     python benchmarks/native.py --device cuda --batches 1 32 --repeats 3 --output benchmarks/results/native-h200.json
 
-Matrices are what a run meets: Gram matrices of sketches with unit columns and condition 1e8, and cores Qᵀ G V of
-gradients whose spectrum falls by six decades. Errors are against float64 LAPACK on the CPU, the worst of the batch:
-`cholesky_inverse` ‖X gram Xᵀ − I‖, `small_svd` the singular values relative to the largest and ‖UᵀU − I‖, entrywise.
+Matrices are what a run meets: Gram matrices of sketches with unit columns, of condition 1e8 in float64 and 1e4 in
+float32, and cores Qᵀ G V of gradients whose spectrum falls by six decades. Errors are against float64 LAPACK on the
+CPU, the worst of the batch: `cholesky_inverse` ‖X (gram + shift) Xᵀ − I‖, `small_svd` the singular values relative to
+the largest and ‖UᵀU − I‖, entrywise.
 Each case is warmed up once; times are the median and the 20th and 80th percentile, a whole batch a call.
 """
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from loraga.ops import native_core, reference
 
-SHIFT = 1e-15  # that of the orthonormalisation
+SHIFTS = {torch.float64: 1e-15, torch.float32: 1e-7}  # shares of the trace, as in orthonormalisation and basis
 
 
 @functools.cache
@@ -37,15 +38,18 @@ def with_spectrum(batch: int, k: int, decades: float) -> Tensor:
     return u * torch.logspace(0, -decades, k, dtype=torch.float64) @ v.mT
 
 
-def grams(batch: int, k: int) -> Tensor:
-    tall = with_spectrum(batch, k, 4)
+def grams(batch: int, k: int, dtype: torch.dtype) -> Tensor:
+    tall = with_spectrum(batch, k, 4 if dtype == torch.float64 else 2)
     tall = tall / tall.norm(dim=-2, keepdim=True)
-    return tall.mT @ tall
+    return (tall.mT @ tall).to(dtype)
 
 
 def inverse_errors(gram: Tensor, inverse: Tensor) -> dict[str, float]:
-    gram, inverse = gram.cpu(), inverse.cpu()
-    return {"residual": float((inverse @ gram @ inverse.mT - torch.eye(gram.shape[-1])).abs().max())}
+    shift = SHIFTS[gram.dtype]
+    gram, inverse = gram.double().cpu(), inverse.double().cpu()
+    identity = torch.eye(gram.shape[-1], dtype=torch.float64)
+    shifted = gram + shift * gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] * identity
+    return {"residual": float((inverse @ shifted @ inverse.mT - identity).abs().max())}
 
 
 def svd_errors(core: Tensor, factors: tuple[Tensor, ...]) -> dict[str, float]:
@@ -65,9 +69,15 @@ def cases(
     def cores(batch: int, k: int) -> Tensor:
         return with_spectrum(batch, k, 6).float()
 
-    found = [
-        ("cholesky_inverse", "loraga", grams, lambda a: native_core.cholesky_inverse(a, SHIFT)[0], inverse_errors),
-        ("cholesky_inverse", "torch", grams, lambda a: reference.cholesky_inverse(a, SHIFT), inverse_errors),
+    found: list[tuple[str, str, Callable[[int, int], Tensor], Callable[[Tensor], Any], Callable]] = []
+    for dtype, shift in SHIFTS.items():
+        op = f"cholesky_inverse {str(dtype).removeprefix('torch.')}"
+        make = functools.partial(grams, dtype=dtype)
+        ours = functools.partial(native_core.cholesky_inverse, shift=shift)
+        found.append((op, "loraga", make, lambda a, ours=ours: ours(a)[0], inverse_errors))
+        theirs = functools.partial(reference.cholesky_inverse, shift=shift)
+        found.append((op, "torch", make, theirs, inverse_errors))
+    found += [
         ("small_svd", "loraga", cores, native_core.jacobi_svd, svd_errors),
         ("small_svd", "torch float64", cores, reference.small_svd, svd_errors),
     ]
