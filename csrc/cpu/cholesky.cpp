@@ -4,7 +4,21 @@
 #include <vector>
 
 #include "loraga/cholesky_steps.hpp"
-#include "widths.hpp"
+
+// Compiled once for each width of vector registers, of which the widest that the processor has is taken. CMakeLists.txt
+// defines LORAGA_EVERY_WIDTH where compiler and system can do it.
+#if defined(LORAGA_EVERY_WIDTH)
+#define LORAGA_WIDTHS __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define LORAGA_WIDTHS
+#endif
+
+// For what such a function calls: a function of its own would be compiled for the narrowest registers only.
+#if defined(__GNUC__)
+#define LORAGA_INLINE __attribute__((always_inline)) inline
+#else
+#define LORAGA_INLINE inline
+#endif
 
 namespace loraga::cpu {
 namespace {
