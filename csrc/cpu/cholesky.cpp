@@ -44,8 +44,9 @@ struct Arrays {
     LORAGA_INLINE Real* step(int p) const { return panel + p * stride; }
 };
 
+// Returns what was added to the diagonal.
 template <class Real>
-LORAGA_INLINE void load(const Real* gram, const Arrays<Real>& arrays, int k, Real shift) {
+LORAGA_INLINE Real load(const Real* gram, const Arrays<Real>& arrays, int k, Real shift) {
     Real trace = 0;
     for (int j = 0; j < k; ++j) trace += gram[j * k + j];
     for (int i = 0; i < k; ++i) {
@@ -54,6 +55,7 @@ LORAGA_INLINE void load(const Real* gram, const Arrays<Real>& arrays, int k, Rea
         std::fill(row + i + 1, row + in_chunks(i + 1), Real(0));
         row[i] += shift * trace;
     }
+    return shift * trace;
 }
 
 // Moves the rows and columns of the steps into the panel; the columns start from zero.
@@ -74,14 +76,17 @@ LORAGA_INLINE void take_panel(const Arrays<Real>& arrays, int start, int steps, 
 
 // Returns 0, or the order of the first leading minor that is no good.
 template <class Real>
-LORAGA_INLINE int factor_panel(const Arrays<Real>& arrays, int start, int steps, int k) {
+LORAGA_INLINE int factor_panel(const Arrays<Real>& arrays, int start, int steps, int k, Real shift) {
     const int end = in_chunks(k);
     for (int p = 0; p < steps; ++p) {
         const int j = start + p;
         Real* __restrict w = arrays.step(p);
-        if (!is_pivot(w[j])) return j + 1;
-        const Real factor = Real(1) / std::sqrt(w[j]);
+        const bool noise = is_rounding(w[j], shift);
+        const Real pivot = noise ? shift : w[j];
+        if (!is_pivot(pivot)) return j + 1;
+        const Real factor = Real(1) / std::sqrt(pivot);
         for (int c = 0; c < end; ++c) w[c] *= factor;
+        if (noise) std::fill(w + j + 1, w + end, Real(0));
         w[j] = factor;
         for (int q = p + 1; q < steps; ++q) {
             Real* __restrict later = arrays.step(q);
@@ -118,11 +123,11 @@ LORAGA_INLINE void subtract_panel(Real* __restrict row, const Real* __restrict p
 
 template <class Real>
 LORAGA_INLINE int invert(const Real* gram, Real* inverse, const Arrays<Real>& arrays, int k, Real shift) {
-    load(gram, arrays, k, shift);
+    const Real added = load(gram, arrays, k, shift);
     for (int start = 0; start < k; start += kPanel) {
         const int steps = std::min(kPanel, k - start);
         take_panel(arrays, start, steps, k);
-        if (const int bad = factor_panel(arrays, start, steps, k)) {
+        if (const int bad = factor_panel(arrays, start, steps, k, added)) {
             std::fill(inverse, inverse + k * k, std::numeric_limits<Real>::quiet_NaN());
             return bad;
         }

@@ -46,11 +46,13 @@ struct Triangle {
 template <class Real>
 struct CholeskyBookkeeping {
     Real corner[kPanel][kPanel];  // row p: 1 / L_pp on the diagonal, L_qp in the later columns q
+    bool noise[kPanel];           // is column p of L zero below the diagonal?
     int status;
 };
 
+// Returns what was added to the diagonal, in every thread.
 template <class Real, bool kInShared>
-__device__ void load_triangle(const Real* gram, const Triangle<Real, kInShared>& triangle, Real shift, Real* diagonal) {
+__device__ Real load_triangle(const Real* gram, const Triangle<Real, kInShared>& triangle, Real shift, Real* diagonal) {
     const int k = triangle.k;
     for (int j = thread_index(); j < k; j += thread_count()) diagonal[j] = gram[j * k + j];
     __syncthreads();
@@ -59,13 +61,14 @@ __device__ void load_triangle(const Real* gram, const Triangle<Real, kInShared>&
     for (int i = warp_index(); i < k; i += warp_count())
         for (int c = lane_index(); c <= i; c += kLanes)
             triangle.row(i)[c] = c == i ? gram[i * k + c] + shift * trace : gram[i * k + c];
+    return shift * trace;
 }
 
 // By one warp, each lane with one column of the corner. Returns 0, or the order of the first leading minor that is no
 // good, in every lane.
 template <class Real, bool kInShared>
-__device__ int factor_corner(const Triangle<Real, kInShared>& triangle, int start, int steps, Real* panel, int stride,
-                             CholeskyBookkeeping<Real>& book) {
+__device__ int factor_corner(const Triangle<Real, kInShared>& triangle, int start, int steps, Real shift, Real* panel,
+                             int stride, CholeskyBookkeeping<Real>& book) {
     const int column = lane_index() % kPanel;
     Real w[kPanel];
 #pragma unroll
@@ -76,10 +79,13 @@ __device__ int factor_corner(const Triangle<Real, kInShared>& triangle, int star
     int bad = 0;
 #pragma unroll
     for (int p = 0; p < kPanel; ++p) {
-        const Real pivot = __shfl_sync(0xffffffffu, w[p], p);
+        const Real found = __shfl_sync(0xffffffffu, w[p], p);
+        const bool noise = is_rounding(found, shift);
+        const Real pivot = noise ? shift : found;
         if (p < steps && bad == 0 && !is_pivot(pivot)) bad = start + p + 1;  // what follows is of no use, nor is it used
         const Real factor = p < steps ? Real(1) / sqrt(pivot) : Real(0);
-        w[p] = column == p ? factor : w[p] * factor;
+        w[p] = column == p ? factor : noise && column > p ? Real(0) : w[p] * factor;
+        if (lane_index() == 0) book.noise[p] = noise;
 #pragma unroll
         for (int q = 0; q < kPanel; ++q) {
             if (q <= p) continue;
@@ -109,7 +115,7 @@ __device__ void finish_column(const Triangle<Real, kInShared>& triangle, int sta
     }
 #pragma unroll
     for (int p = 0; p < kPanel; ++p) {
-        w[p] *= book.corner[p][p];
+        w[p] = book.noise[p] && c >= start ? Real(0) : w[p] * book.corner[p][p];
 #pragma unroll
         for (int q = 0; q < kPanel; ++q)
             if (q > p) w[q] = eliminated(w[q], book.corner[p][q], w[p]);
@@ -155,12 +161,12 @@ __device__ int invert(const Real* gram, Real* inverse, const Triangle<Real, kInS
                       CholeskyBookkeeping<Real>& book) {
     const int k = triangle.k, stride = cholesky_stride(k);
     if (thread_index() == 0) book.status = 0;
-    load_triangle(gram, triangle, shift, panel);
+    const Real added = load_triangle(gram, triangle, shift, panel);
     for (int start = 0; start < k; start += kPanel) {
         const int steps = min(kPanel, k - start);
         __syncthreads();
         if (warp_index() == 0) {
-            const int bad = factor_corner(triangle, start, steps, panel, stride, book);
+            const int bad = factor_corner(triangle, start, steps, added, panel, stride, book);
             if (bad != 0 && lane_index() == 0) book.status = bad;
         }
         __syncthreads();

@@ -197,7 +197,8 @@ def cholesky_inverse(gram: torch.Tensor, shift: float = 0.0) -> tuple[torch.Tens
     """Inverses of the Cholesky factors of many small Gram matrices in one call.
 
     inverse[i] = L^-1 with L Lᵀ = gram[i] + shift · trace(gram[i]) · I and L lower triangular, in the dtype of `gram`
-    and a fixed order: the same input gives the same bits on the same device. On a CUDA device it is one launch on the
+    and a fixed order: the same input gives the same bits on the same device. A Gram matrix has no pivot below
+    shift · trace but for rounding; one that is smaller is raised to that. On a CUDA device it is one launch on the
     current stream, and the host does not wait for it. Only the lower triangles are read. Autograd records nothing.
 
     Args:

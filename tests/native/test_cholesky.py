@@ -139,6 +139,22 @@ def test_status_is_the_order_of_the_first_bad_minor_and_the_inverse_is_nan(dtype
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("k", [6, 40, 100])
+@pytest.mark.parametrize("rank", [1, 5])
+def test_rounding_below_the_shift_makes_no_pivot_bad(rank, k, device):
+    """Gram matrices of float32 blocks of low rank, with a shift that is smaller than their own rounding."""
+    shift = 1e-8
+    y = torch.randn(20, 3 * k, rank) @ torch.randn(20, rank, k)
+    y = (y / y.norm(dim=-2, keepdim=True)).to(device)
+    gram = y.mT @ y
+    assert torch.linalg.eigvalsh(gram.double()).min() < -shift * k
+    inverse, status = native_core.cholesky_inverse(gram, shift)
+    assert (status == 0).all() and inverse.isfinite().all()
+    assert inverse.diagonal(dim1=-2, dim2=-1).max() <= 1.001 * (shift * k) ** -0.5
+    assert torch.linalg.matrix_norm(y.double() @ inverse.double().mT, 2).max() < 10
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "shift"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_a_shift_makes_a_singular_matrix_usable(dtype, shift, device):
     for k in (5, 80):

@@ -13,6 +13,7 @@ namespace loraga {
 constexpr int kCholeskyMaxK = 512;
 
 // inverse = L^-1 with L L' = gram + shift * trace(gram) * I, L lower triangular with a positive diagonal.
+// The square of an entry of its diagonal is at least shift * trace(gram): less would be an error of rounding.
 // All arrays are dense and row-major; the output must not overlap the input. Real is float or double, and so is all
 // arithmetic.
 template <class Real>

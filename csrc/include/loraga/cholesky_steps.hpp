@@ -25,6 +25,14 @@
 
 namespace loraga {
 
+// A Gram matrix with a shift has no pivot below the shift but for rounding, which may even make one negative. Then the
+// column of L below the pivot is rounding as well: the pivot becomes the shift and the column zero. So no entry of L is
+// larger than rounding makes it. False for NaN.
+template <class Real>
+LORAGA_HOST_DEVICE bool is_rounding(Real pivot, Real shift) {
+    return pivot < shift;
+}
+
 LORAGA_HOST_DEVICE bool is_pivot(float value) { return value > 0.0f && value <= FLT_MAX; }
 LORAGA_HOST_DEVICE bool is_pivot(double value) { return value > 0.0 && value <= DBL_MAX; }
 
