@@ -12,7 +12,12 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "numerics.md"]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "docs" / "numerics.md",
+    ROOT / "docs" / "time-model.md",
+]
 # which module prints the table of a result
 PRINTED_BY = {
     "accuracy-cpu": "accuracy",
@@ -20,6 +25,8 @@ PRINTED_BY = {
     "growth-cpu": "growth",
     "native-cpu": "native",
     "operations-cpu": "operations",
+    "time-model": "time_model",
+    "time-model-layers": "time_model",
     "whole-run-cpu": "whole_run",
     "whole-run-xeon": "whole_run",
 }

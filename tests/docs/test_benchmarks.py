@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,11 @@ import _machine
 import operations
 import roofline
 import tables
+import time_model
 import torch
 import whole_run
 
+from loraga.kernels.dev.steps import Step
 from loraga.ops.triton import LAUNCHERS
 
 pytestmark = pytest.mark.slow
@@ -156,6 +159,51 @@ class TestRoofline:
     def test_without_a_gpu_there_is_nothing_to_measure(self):
         problems = roofline.checked(torch.device("cpu"))
         assert roofline.both(lambda: {"seconds": 1.0}, None, problems)["kernel"] == "not measured: no CUDA device"
+
+
+def test_the_time_model_is_the_largest_of_work_traffic_and_a_launch():
+    device = time_model.DEVICES[0]
+    assert device.name == "H100 SXM"
+    large = Step("torch", "mm", ((8192, 4096), (4096, 4096), (8192, 4096)), "bfloat16", 10**6, 2 * 8192 * 4096 * 4096)
+    assert time_model.seconds(large, device) == pytest.approx(large.flops / (989e12 * 0.68))
+    moving = Step("torch", "add", ((2**28,),), "float32", 2**32)
+    assert time_model.seconds(moving, device) == pytest.approx(2**32 / (3.35e12 * 0.88))
+    assert time_model.seconds(Step("torch", "add", ((4,),), "float32", 48), device) == 3e-6
+    # one block of the result keeps one multiprocessor busy, and cut into 16 parts so many
+    small = Step("torch", "mm", ((80, 4096), (4096, 80), (80, 80)), "float32", 10**6, 2 * 80 * 80 * 4096)
+    assert time_model.seconds(small, device) == pytest.approx(small.flops / (67e12 * 0.68 * 16 / 132))
+    doubled = replace(small, shapes=((2, 80, 4096), (2, 4096, 80), (2, 80, 80)), flops=2 * small.flops, name="bmm")
+    assert time_model.seconds(doubled, device) == pytest.approx(time_model.seconds(small, device))
+    added = replace(small, name="addmm_", shapes=((80, 80), *small.shapes[:2]))
+    assert time_model.seconds(added, device) == time_model.seconds(small, device)
+    with pytest.raises(ValueError, match="_new_kernel"):
+        time_model.seconds(Step("triton", "_new_kernel", ((4, 4),), "float32", 64, programs=1), device)
+
+
+def test_the_time_model_separates_the_updates_from_the_model(monkeypatch):
+    monkeypatch.setitem(time_model.MODELS, "small", (512, 1024, 2, 8, 8, 1000))
+    monkeypatch.setattr(time_model, "SEQUENCE", 64)
+    own, update, groups = time_model.work_of("small", 128, 1, None)
+    assert sum(groups) == 14 and len(groups) < 14
+    names = [step.name for step in update.steps]
+    assert "cholesky_inverse" in names and "cholesky_inverse" not in [step.name for step in own.steps]
+    # of the model: forward and backward of 7 layers in 2 blocks and of the head; the first layers' inputs need nothing
+    products = [step for step in own.steps if step.name == "mm"]
+    assert 25 <= len(products) <= 30
+    assert sum(step.name == "mm" for step in update.steps) == 4 * 14
+
+
+def test_the_modelled_times_are_below_what_was_promised():
+    """One of the promises of the GPU path; docs/time-model.md says how far a model can be trusted."""
+    result = json.loads((RESULTS / "time-model.json").read_text())
+    assert result["measured"] is False
+    assert "**Nothing on this page is measured.**" in (tables.ROOT / "docs" / "time-model.md").read_text("utf-8")
+    rows = [row for row in result["rows"] if row["model"] == "Llama-2-7B" and row["ranks"] == "8, 16"]
+    for tokens, most in ((1024, 0.45), (8192, 0.15)):
+        found = [row for row in rows if row["tokens"] == tokens and row["device"] == "H100 SXM"]
+        assert [row["path"] for row in found] == ["torch", "Triton"]
+        for row in found:
+            assert row["updates_ms"] <= most * row["model_ms"] and row["updates_host_ms"] <= row["model_ms"]
 
 
 @pytest.fixture
