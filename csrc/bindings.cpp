@@ -89,7 +89,6 @@ PYBIND11_MODULE(_C, m) {
 
     bind_cholesky<float>(m, "CholeskyProblemFloat32");
     bind_cholesky<double>(m, "CholeskyProblemFloat64");
-    m.attr("CholeskyProblem") = m.attr("CholeskyProblemFloat64");
     m.attr("CHOLESKY_MAX_K") = kCholeskyMaxK;
 
     py::enum_<Element>(m, "Element")

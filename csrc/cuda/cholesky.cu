@@ -2,9 +2,9 @@
 // where that fits beside the panel, else in the output itself. That is at most 2 MiB (k = 512, float64) and comes from
 // L2, read and written once a panel.
 //
-// In float64 triangle and panel of k = 80 take 35 KiB, of k = 128 81 KiB, of k = 256 289 KiB; a block may have 227 KiB
+// In float64 triangle and panel of k = 80 take 35 KiB, of k = 128 80.5 KiB, of k = 256 289 KiB; a block may have 227 KiB
 // on sm_90 and sm_100, 163 KiB on sm_80, 99 KiB on sm_86, sm_89 and sm_120. So it is shared memory up to k = 224, 187
-// and 142, in float32 up to 325, 273 and 209.
+// and 141, in float32 up to 324, 271 and 208.
 #include <algorithm>
 #include <limits>
 
