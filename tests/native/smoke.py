@@ -33,7 +33,8 @@ def test_cholesky(k, dtype):
     inverse, status = native_core.cholesky_inverse(gram, 1e-12)
     assert status.tolist() == [0, 0, 1]
     identity = (inverse @ gram @ inverse.mT)[:2]
-    assert torch.allclose(identity, torch.eye(k, dtype=dtype, device=DEVICE), atol=1e4 * torch.finfo(dtype).eps)
+    tolerance = {torch.float64: 1e-7, torch.float32: 1e-3}[dtype]  # the shift is in the first, too
+    assert torch.allclose(identity, torch.eye(k, dtype=dtype, device=DEVICE), atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
