@@ -58,7 +58,7 @@ def make_estimators(
     for spec in specs:
         if not sketched:
             made[spec.name] = Dense(spec, dtype, ring_of(spec.device))
-        elif not Streaming.pays(spec, tokens):
+        elif not Streaming.pays(spec, tokens, micro_batches):
             made[spec.name] = Dense(spec)
         else:
             alike[spec.m, spec.n, spec.rank, spec.device].append(spec)

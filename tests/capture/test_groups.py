@@ -67,7 +67,7 @@ def loss_fn(model, batch):
 
 @pytest.fixture
 def groups(monkeypatch):
-    """Updates wait on the CPU, too. The numbers of layers that were updated together."""
+    """The CPU stands for a GPU: sketches at any number of tokens, whose updates wait. How many are updated together."""
     sizes: list[int] = []
     absorb = Streaming.absorb
 
@@ -76,6 +76,7 @@ def groups(monkeypatch):
         return absorb(group, *args)
 
     monkeypatch.setattr(collector, "_waits", lambda device: True)
+    monkeypatch.setattr(collector.Collector, "_by_tokens", lambda self, device: False)
     monkeypatch.setattr(Streaming, "absorb", staticmethod(counting))
     return sizes
 
