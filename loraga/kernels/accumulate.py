@@ -4,47 +4,66 @@ cuBLAS can add onto a buffer too; what it cannot do is leave the buffer alone wh
 of it or a wait for the host. Two launches: `_finite_kernel` reads x and dy once and leaves a flag per program;
 `_accumulate_kernel` reads the flags, forms a block of the product with float32 sums, adds the block of G and rounds to
 nearest once. Nothing m x n exists besides G. Where m x n is too small to fill the device the sum over tokens is cut
-into parts (float32, added in fixed order by a third launch; no atomics), which are small for the same reason.
+into parts (float32, added in fixed order by a third launch; no atomics), which are small for the same reason. The last
+launch is the only one that writes to G, and says whether it did.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraga.kernels import tuning
-from loraga.kernels.common import DTYPES, INTERPRETED, PRECISION, Build, arch_of, is_aligned, rounded, splits_for
+from loraga.kernels.common import (
+    INTERPRETED,
+    PRECISION,
+    RAGGED,
+    all_set,
+    blocks_of,
+    family_of,
+    rounded,
+    splits_for,
+)
 from loraga.ops import reference
 
 accumulate_reference = reference.accumulate_
 
 _FLAGS = 1024  # at most so many programs look for NaN and Inf
+_SCAN = {"ROWS": 16, "COLUMNS": 128}
+_ADD_BLOCK = 1024
+
+# Block sizes by bits of an operand and family of devices.
+_CONFIG = {
+    (16, 80): {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_T": 32, "GROUP": 8, "num_warps": 8, "num_stages": 4},
+    (16, 90): {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_T": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4},
+    (16, 100): {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_T": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4},
+    (16, RAGGED): {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2},
+    (32, 80): {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3},
+    (32, 90): {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3},
+    (32, 100): {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3},
+    (32, RAGGED): {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_T": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2},
+}
 
 
 @triton.jit
-def all_set(flags_ptr, count, FLAGS: tl.constexpr):
-    """Are all `count` flags one?"""
-    offsets = tl.arange(0, FLAGS)
-    return tl.min(tl.load(flags_ptr + offsets, mask=offsets < count, other=1), axis=0) != 0
+def _largest(largest, ptr, rows, columns, stride_row, stride_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Maximum of `largest` (ROWS, COLUMNS) and the absolute entries of a matrix that this program meets, or NaN.
 
-
-@triton.jit
-def _all_finite(ptr, rows, columns, stride_row, stride_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """1 where every entry this program meets is finite, else 0; the programs of axis 0 share the blocks of rows."""
-    finite = tl.full((ROWS, COLUMNS), 1, dtype=tl.int32)
+    The programs of axis 0 share the blocks of rows.
+    """
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inner = row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    step = tl.cast(stride_column, tl.int64) * COLUMNS
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        pointers = ptr + tl.cast(start, tl.int64) * stride_row + inner
         for first in range(0, columns, COLUMNS):
-            column = (first + tl.arange(0, COLUMNS).to(tl.int64))[None, :]
-            value = tl.load(
-                ptr + row * stride_row + column * stride_column, mask=(row < rows) & (column < columns), other=0.0
-            ).to(tl.float32)
-            finite = tl.where(tl.abs(value) < float("inf"), finite, 0)  # false for NaN too
-    return tl.min(tl.min(finite, axis=1), axis=0)
+            inside = (row < rows - start) & (column < columns - first)
+            value = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
+            pointers += step
+    return largest
 
 
 @triton.jit
@@ -63,9 +82,11 @@ def _finite_kernel(
     COLUMNS: tl.constexpr,
 ):
     """flags[program] = are its rows of x and dy free of NaN and Inf?"""
-    flag = _all_finite(x_ptr, T, n, stride_xt, stride_xn, ROWS, COLUMNS)
-    flag = tl.minimum(flag, _all_finite(dy_ptr, T, m, stride_dt, stride_dm, ROWS, COLUMNS))
-    tl.store(flags_ptr + tl.program_id(0), flag)
+    largest = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    largest = _largest(largest, x_ptr, T, n, stride_xt, stride_xn, ROWS, COLUMNS)
+    largest = _largest(largest, dy_ptr, T, m, stride_dt, stride_dm, ROWS, COLUMNS)
+    finite = (largest < float("inf")).to(tl.int32)  # false for NaN, too
+    tl.store(flags_ptr + tl.program_id(0), tl.min(tl.min(finite, axis=1), axis=0))
 
 
 @triton.jit
@@ -84,6 +105,7 @@ def _accumulate_kernel(
     dy_ptr,
     partial_ptr,
     flags_ptr,
+    added_ptr,
     flags,
     scale,
     T,
@@ -108,34 +130,38 @@ def _accumulate_kernel(
     """G += scale · dYᵀ X block by block; with SPLIT, partial[split] = the sum over every splits-th block of tokens."""
     block_m, block_n = _block_of(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
     part = tl.program_id(1)
-    rows = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.arange(0, BLOCK_T)
+    at = (part * BLOCK_T + tokens).to(tl.int64)
+    # dY is loaded as the transpose that is multiplied, so that it can go to shared memory as it is
+    dy_ptrs = dy_ptr + rows[:, None].to(tl.int64) * stride_dm + at[None, :] * stride_dt
+    x_ptrs = x_ptr + at[:, None] * stride_xt + columns[None, :].to(tl.int64) * stride_xn
+    dy_step = tl.cast(splits, tl.int64) * BLOCK_T * stride_dt
+    x_step = tl.cast(splits, tl.int64) * BLOCK_T * stride_xt
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(part * BLOCK_T, T, splits * BLOCK_T):
-        tokens = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        inside = tokens[:, None] < T
-        dy = tl.load(
-            dy_ptr + tokens[:, None] * stride_dt + rows[None, :] * stride_dm,
-            mask=inside & (rows[None, :] < m),
-            other=0.0,
-        )
-        x = tl.load(
-            x_ptr + tokens[:, None] * stride_xt + columns[None, :] * stride_xn,
-            mask=inside & (columns[None, :] < n),
-            other=0.0,
-        )
+        inside = tokens < T - start
+        dy = tl.load(dy_ptrs, mask=(rows < m)[:, None] & inside[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=inside[:, None] & (columns < n)[None, :], other=0.0)
         if WIDEN:
             dy, x = dy.to(tl.float32), x.to(tl.float32)
-        sums = tl.dot(tl.trans(dy), x, sums, input_precision=PRECISION)
-    inside = (rows[:, None] < m) & (columns[None, :] < n)
+        sums = tl.dot(dy, x, sums, input_precision=PRECISION)
+        dy_ptrs += dy_step
+        x_ptrs += x_step
+    wide_rows = rows[:, None].to(tl.int64)
     if SPLIT:
-        partial = partial_ptr + part.to(tl.int64) * m * n + rows[:, None] * n + columns[None, :]
-        tl.store(partial, sums, mask=inside)
+        partial_ptr += part * tl.cast(m, tl.int64) * n
+        inside = (rows < m)[:, None] & (columns < n)[None, :]
+        tl.store(partial_ptr + wide_rows * n + columns[None, :], sums, mask=inside)
     else:
-        keep = inside & all_set(flags_ptr, flags, FLAGS)
-        g = g_ptr + rows[:, None] * stride_gm + columns[None, :] * stride_gn
+        added = all_set(flags_ptr, flags, FLAGS)
+        keep = (rows < tl.where(added, m, 0))[:, None] & (columns < n)[None, :]
+        g = g_ptr + wide_rows * stride_gm + columns[None, :].to(tl.int64) * stride_gn
         total = tl.load(g, mask=keep, other=0.0).to(tl.float32) + scale * sums
         tl.store(g, rounded(total, g_ptr, WIDEN), mask=keep)
+        if tl.program_id(0) == 0:
+            tl.store(added_ptr, added.to(tl.int8))
 
 
 @triton.jit
@@ -143,6 +169,7 @@ def _add_splits_kernel(
     g_ptr,
     partial_ptr,
     flags_ptr,
+    added_ptr,
     flags,
     scale,
     m,
@@ -157,17 +184,18 @@ def _add_splits_kernel(
     """G += scale · (partial[0] + ... + partial[splits - 1]), in this order."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.cast(m, tl.int64) * n  # Triton makes an m of 1 a constant, which has no `.to`
-    keep = (offsets < total) & all_set(flags_ptr, flags, FLAGS)
+    added = all_set(flags_ptr, flags, FLAGS)
+    keep = offsets < tl.where(added, total, 0)
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in range(splits):
-        sums += tl.load(partial_ptr + split * total + offsets, mask=keep, other=0.0)
+    pointers = partial_ptr + offsets
+    for _ in range(splits):
+        sums += tl.load(pointers, mask=keep, other=0.0)
+        pointers += total
     g = g_ptr + (offsets // n) * stride_gm + (offsets % n) * stride_gn
     value = tl.load(g, mask=keep, other=0.0).to(tl.float32) + scale * sums
     tl.store(g, rounded(value, g_ptr, WIDEN), mask=keep)
-
-
-_SCAN = {"ROWS": 16, "COLUMNS": 128}
-_ADD_BLOCK = 1024
+    if tl.program_id(0) == 0:
+        tl.store(added_ptr, added.to(tl.int8))
 
 
 def accumulate(g: Tensor, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
@@ -179,12 +207,13 @@ def accumulate(g: Tensor, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
     m = dy.shape[1]
     if not tokens or not g.numel():
         return torch.ones((), dtype=torch.bool, device=g.device)
-    scans = min(_FLAGS, triton.cdiv(tokens, _SCAN["ROWS"]))
+    scans = min(_FLAGS, blocks_of(tokens, _SCAN["ROWS"]))
     flags = torch.empty(scans, dtype=torch.int32, device=g.device)
+    added = torch.empty((), dtype=torch.int8, device=g.device)
     _finite_kernel[(scans,)](x, dy, flags, tokens, m, n, *x.stride(), *dy.stride(), **_SCAN)
-    config = tuning.config("accumulate", x.dtype, arch_of(g.device) if is_aligned(g, x, dy) else None)
-    programs = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
-    splits = splits_for(programs, triton.cdiv(tokens, config["BLOCK_T"]), g.device)
+    config = _CONFIG[8 * x.element_size(), family_of(g, x, dy)]
+    programs = blocks_of(m, config["BLOCK_M"]) * blocks_of(n, config["BLOCK_N"])
+    splits = splits_for(programs, blocks_of(tokens, config["BLOCK_T"]), g.device)
     partial = torch.empty(splits, m, n, dtype=torch.float32, device=g.device) if splits > 1 else g
     _accumulate_kernel[(programs, splits)](
         g,
@@ -192,6 +221,7 @@ def accumulate(g: Tensor, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         dy,
         partial,
         flags,
+        added,
         scans,
         scale,
         tokens,
@@ -208,10 +238,11 @@ def accumulate(g: Tensor, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         **config,
     )
     if splits > 1:
-        _add_splits_kernel[(triton.cdiv(g.numel(), _ADD_BLOCK),)](
+        _add_splits_kernel[(blocks_of(g.numel(), _ADD_BLOCK),)](
             g,
             partial,
             flags,
+            added,
             scans,
             scale,
             m,
@@ -222,38 +253,4 @@ def accumulate(g: Tensor, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
             FLAGS=_FLAGS,
             WIDEN=INTERPRETED,
         )
-    return flags.amin() > 0
-
-
-def builds(arch: int) -> Iterator[Build]:
-    sizes = dict.fromkeys(("T", "m", "n"), "i32")
-    strides = dict.fromkeys(("stride_xt", "stride_xn", "stride_dt", "stride_dm"), "i64")
-    ones = {"stride_xn": 1, "stride_dm": 1}
-    multiples = ("m", "n", "stride_xt", "stride_dt", "stride_gm")
-    for name in ("bf16", "fp32"):
-        operands = {"x_ptr": f"*{name}", "dy_ptr": f"*{name}", "flags_ptr": "*i32"} | sizes | strides
-        yield Build(f"finite {name}", _finite_kernel, operands, _SCAN | ones, multiples=multiples)
-        yield Build(f"finite {name}, ragged", _finite_kernel, operands, dict(_SCAN))
-        for table in (arch, None):
-            for _, config in tuning.entries("accumulate", DTYPES[name], table):
-                for split, buffer in ((False, "fp32"), (False, "bf16"), (True, "bf16")):
-                    label = f"accumulate {name} -> {'parts' if split else buffer}"
-                    yield Build(
-                        label if table else f"{label}, ragged",
-                        _accumulate_kernel,
-                        operands
-                        | {"g_ptr": f"*{buffer}", "partial_ptr": "*fp32" if split else f"*{buffer}", "flags": "i32"}
-                        | {"scale": "fp32", "splits": "i32", "stride_gm": "i64", "stride_gn": "i64"},
-                        (ones | {"stride_gn": 1} if table else {})
-                        | {"FLAGS": _FLAGS, "SPLIT": split, "WIDEN": False, "PRECISION": PRECISION},
-                        config,
-                        multiples if table else (),
-                    )
-    for buffer in ("fp32", "bf16"):
-        yield Build(
-            f"add_splits -> {buffer}",
-            _add_splits_kernel,
-            {"g_ptr": f"*{buffer}", "partial_ptr": "*fp32", "flags_ptr": "*i32", "flags": "i32", "scale": "fp32"}
-            | {"m": "i32", "n": "i32", "splits": "i32", "stride_gm": "i64", "stride_gn": "i64"},
-            {"BLOCK": _ADD_BLOCK, "FLAGS": _FLAGS, "WIDEN": False},
-        )
+    return added.view(torch.bool)

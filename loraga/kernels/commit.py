@@ -9,14 +9,12 @@ all flags of its layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraga.kernels.common import Build, all_set, blocks_of
+from loraga.kernels.common import all_set, blocks_of
 from loraga.ops import reference
 
 commit_reference = reference.commit_
@@ -26,26 +24,26 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _still_finite(finite, ptr, size, BLOCK: tl.constexpr):
-    """`finite` (BLOCK,), with false wherever this program meets a NaN or Inf among `size` contiguous numbers.
+def _largest(largest, ptr, size, BLOCK: tl.constexpr):
+    """Maximum of `largest` (BLOCK,) and those of `size` contiguous numbers, absolute, that this program meets, or NaN.
 
     The programs of axis 0 share the blocks.
     """
     for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         value = tl.load(ptr + offsets, mask=offsets < size, other=0.0)
-        finite = finite & (tl.abs(value) < float("inf"))  # false for NaN too
-    return finite
+        largest = tl.maximum(largest, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
+    return largest
 
 
 @triton.jit
 def _finite_kernel(left_ptr, z_ptr, flags_ptr, left_size, z_size, stride_lb, BLOCK: tl.constexpr):
     """flags[layer, program] = are its blocks of Y and Z' free of NaN and Inf?"""
     layer = tl.program_id(1).to(tl.int64)
-    finite = tl.full((BLOCK,), 1, dtype=tl.int1)
-    finite = _still_finite(finite, left_ptr + layer * stride_lb, left_size, BLOCK)
-    finite = _still_finite(finite, z_ptr + layer * z_size, z_size, BLOCK)
-    flag = tl.min(finite.to(tl.int32), axis=0)
+    largest = tl.zeros((BLOCK,), dtype=tl.float32)
+    largest = _largest(largest, left_ptr + layer * stride_lb, left_size, BLOCK)
+    largest = _largest(largest, z_ptr + layer * z_size, z_size, BLOCK)
+    flag = tl.min((largest < float("inf")).to(tl.int32), axis=0)  # false for NaN, too
     tl.store(flags_ptr + layer * tl.num_programs(0) + tl.program_id(0), flag)
 
 
@@ -75,13 +73,13 @@ def _commit_kernel(
     layer = tl.program_id(1).to(tl.int64)
     keep = all_set(flags_ptr + layer * flags, flags, FLAGS)
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = (offsets < q_size) & keep
+    inside = offsets < tl.where(keep, q_size, 0)
     new_q = tl.load(new_q_ptr + layer * q_size + offsets, mask=inside, other=0.0)
     tl.store(q_ptr + layer * q_size + offsets, new_q, mask=inside)
-    inside = (offsets < z_size) & keep
+    inside = offsets < tl.where(keep, z_size, 0)
     new_z = tl.load(new_z_ptr + layer * z_size + offsets, mask=inside, other=0.0)
     tl.store(z_ptr + layer * z_size + offsets, new_z, mask=inside)
-    inside = (offsets < probed_size) & keep
+    inside = offsets < tl.where(keep, probed_size, 0)
     row = (offsets // probes).to(tl.int64)
     column = (k + offsets % probes).to(tl.int64)
     left = left_ptr + layer * stride_lb + row * stride_lm + column * stride_lk
@@ -124,23 +122,3 @@ def commit(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, l
         FLAGS=_FLAGS,
     )
     return finite.view(torch.bool)
-
-
-def builds(arch: int) -> Iterator[Build]:
-    sizes = {"left_size": "i32", "z_size": "i32", "stride_lb": "i32"}
-    yield Build(
-        "commit: finite",
-        _finite_kernel,
-        {"left_ptr": "*fp32", "z_ptr": "*fp32", "flags_ptr": "*i32"} | sizes,
-        {"BLOCK": _BLOCK},
-        multiples=tuple(sizes),
-    )
-    arrays = ["q_ptr", "z_ptr", "probed_ptr", "new_q_ptr", "new_z_ptr", "left_ptr"]
-    sizes = dict.fromkeys(["q_size", "z_size", "probed_size", "k", "probes", "stride_lb", "stride_lk"], "i32")
-    yield Build(
-        "commit",
-        _commit_kernel,
-        dict.fromkeys(arrays, "*fp32") | {"flags_ptr": "*i32", "finite_ptr": "*i8", "flags": "i32"} | sizes,
-        {"BLOCK": _BLOCK, "FLAGS": _FLAGS, "stride_lm": 1},
-        multiples=tuple(sizes),
-    )

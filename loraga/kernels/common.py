@@ -1,4 +1,4 @@
-"""What every kernel file shares: how kernels run here, what is compiled ahead of time, and split sums.
+"""What every kernel file shares: how kernels run here, the tables of block sizes, flags, and split sums.
 
 With `TRITON_INTERPRET=1` set before Triton is imported, kernels run on the CPU, one program after another. Arithmetic
 on bfloat16 values is silently wrong there, so kernels take a constant WIDEN that makes loaded values float32 first.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import triton
@@ -21,25 +19,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # float32 operands go through tensor cores as three tf32 products each, whose sum is as good as one float32 product
 # (one tf32 product would keep 10 bits); half types ignore this.
 PRECISION = "tf32x3"
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Build:
-    """One kernel as the launcher may call it, to be compiled ahead of time.
-
-    `signature` names the type of every argument that is no constant; `config` is an entry of the tuning table: block
-    sizes, num_warps and num_stages. Triton compiles anew where integers are multiples of 16; `multiples` names those
-    that are, as in nearly all models.
-    """
-
-    label: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    config: dict[str, int] = field(default_factory=dict)
-    multiples: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -62,9 +41,19 @@ def blocks_of(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def is_aligned(*operands: Tensor) -> bool:
-    """Are rows contiguous, multiples of 16 long and apart? Loads are then wide and run ahead of their use."""
-    return all(t.stride(-1) == 1 and t.shape[-1] % 16 == 0 and t.stride(-2) % 16 == 0 for t in operands)
+# Operands whose rows are not contiguous, or no multiples of 16 long or apart: loads are then narrow, on every device.
+RAGGED = 0
+
+
+def family_of(*operands: Tensor) -> int:
+    """Which entry of a kernel's table of block sizes the operands take: 80, 90, 100, or RAGGED.
+
+    Consumer cards have the 99 KiB of shared memory of 86 and 89, into which the entries of 80 fit.
+    """
+    if not all(t.stride(-1) == 1 and t.shape[-1] % 16 == 0 and t.stride(-2) % 16 == 0 for t in operands):
+        return RAGGED
+    arch = arch_of(operands[0].device)
+    return 80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100
 
 
 def splits_for(programs: int, steps: int, device: torch.device) -> int:
@@ -80,7 +69,11 @@ def splits_for(programs: int, steps: int, device: torch.device) -> int:
 
 @triton.jit
 def all_set(flags_ptr, count, FLAGS: tl.constexpr):
-    """Are all `count` flags, at most FLAGS, one? A bool."""
+    """Are all `count` flags, at most FLAGS, one? A bool.
+
+    It enters a mask by `tl.where(bool, size, 0)` in place of a size: the interpreters of Triton 3.8 and 3.9 make an
+    integer of `mask & bool`, and accept none.
+    """
     offsets = tl.arange(0, FLAGS)
     return tl.min(tl.load(flags_ptr + offsets, mask=offsets < count, other=1), axis=0) != 0
 
@@ -102,8 +95,10 @@ def _sum_splits_kernel(partial_ptr, out_ptr, total, SPLITS: tl.constexpr, BLOCK:
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < total
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in range(SPLITS):
-        sums += tl.load(partial_ptr + split * total + offsets, mask=inside, other=0.0)
+    pointers = partial_ptr + offsets
+    for _ in range(SPLITS):
+        sums += tl.load(pointers, mask=inside, other=0.0)
+        pointers += total
     tl.store(out_ptr + offsets, rounded(sums, out_ptr, WIDEN), mask=inside)
 
 
@@ -114,20 +109,7 @@ def sum_splits(partial: Tensor, out: Tensor) -> Tensor:
     """out = partial.sum(0) for contiguous partial (splits, *out.shape) float32, in fixed order."""
     total = out.numel()
     if total:
-        _sum_splits_kernel[(triton.cdiv(total, _SUM_BLOCK),)](
+        _sum_splits_kernel[(blocks_of(total, _SUM_BLOCK),)](
             partial, out, total, SPLITS=partial.shape[0], BLOCK=_SUM_BLOCK, WIDEN=INTERPRETED
         )
     return out
-
-
-def sum_builds() -> list[Build]:
-    return [
-        Build(
-            f"sum_splits {splits} {out}",
-            _sum_splits_kernel,
-            {"partial_ptr": "*fp32", "out_ptr": f"*{out}", "total": "i64"},
-            {"SPLITS": splits, "BLOCK": _SUM_BLOCK, "WIDEN": False},
-        )
-        for splits in (2, 64)
-        for out in ("fp32", "bf16")
-    ]

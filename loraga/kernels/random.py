@@ -6,13 +6,11 @@ its position only, so block sizes and devices play no part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraga.kernels.common import Build
+from loraga.kernels.common import blocks_of
 from loraga.ops import reference
 
 test_matrix_reference = reference.test_matrix_
@@ -48,8 +46,4 @@ _BLOCK = 1024
 def fill(out: Tensor, seed: int) -> None:
     """Fill contiguous float32 `out` with the stream `seed`."""
     if out.numel():
-        _fill_kernel[(triton.cdiv(out.numel(), _BLOCK),)](out, seed, out.numel(), BLOCK=_BLOCK)
-
-
-def builds(arch: int) -> Iterator[Build]:
-    yield Build("fill", _fill_kernel, {"out_ptr": "*fp32", "seed": "i64", "total": "i64"}, {"BLOCK": _BLOCK})
+        _fill_kernel[(blocks_of(out.numel(), _BLOCK),)](out, seed, out.numel(), BLOCK=_BLOCK)

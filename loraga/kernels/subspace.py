@@ -3,8 +3,8 @@
     Q = orth(G Ω);   `iterations` times:  W = orth(Gᵀ Q),  Q = orth(G W);   Z = Qᵀ G
 
 Halko, Martinsson, Tropp (2011), algorithm 4.4. G is read once per product and never copied or widened; Ω is drawn where
-it is used. Launches for float32: 9 + 10 x iterations, whatever the number of matrices, and one more for each sum that
-is cut into parts; half types cast thin operands besides.
+it is used. Launches: 2 + 16 x iterations, whatever the number of matrices, and one more for each sum that is cut into
+parts. Besides these, torch makes the last basis, which is exact to float32, and casts thin operands to half types.
 """
 
 from __future__ import annotations

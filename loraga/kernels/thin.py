@@ -1,300 +1,205 @@
 """Products of a large matrix with a thin one: A B and Aᵀ P, batched, A read once.
 
-    project:  out (T, k) = A (T, n) · B (n, k)                    P = X V,  R = dY Q,  Y = G V
-    fold:     out (m, k) = scale · A (T, m)ᵀ · P (T, k) + L · M    Y = dYᵀ P + Q (Z V),  Zᵀ = Xᵀ R + Z_oldᵀ Cᵀ,  Gᵀ Q
+    project:  out (m, k) = A (m, n) · B (n, k)         Y = G Ω,  Y = G V
+    fold:     out (n, k) = A (m, n)ᵀ · P (m, k)        Gᵀ Q
 
-They are the streaming update (docs/architecture.md) and, with A = G, the passes of randomized subspace iteration
-(Halko, Martinsson, Tropp 2011, algorithm 4.4). What cuBLAS cannot do in the same launch: B drawn from the counter-based
-stream as it is used (the first product of the range finder needs no test matrix in memory), the sum so far added and
-the scale applied while the result is in registers, half operands with float32 results, and a long sum cut into parts
-that are added in a fixed order (no atomics: the same bits in every run). A program holds 128 or 256 columns of the thin
-operand, so A is read once for every so many of them, at the speed of memory.
+They are the passes of randomized subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4). What cuBLAS cannot
+do in the same launch: B drawn from the counter-based stream as it is used (the first product needs no test matrix in
+memory), half operands with float32 results, and a long sum cut into parts that are added in a fixed order (no atomics:
+the same bits in every run). A program holds up to 128 or 256 columns of the thin operand, so A is read once for every
+so many of them.
 
 Operands are of one dtype, products are exact in float32 (float32 operands: three tf32 products), sums are float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraga.kernels import tuning
 from loraga.kernels.common import (
-    DTYPES,
     INTERPRETED,
     PRECISION,
-    Build,
-    arch_of,
-    is_aligned,
+    RAGGED,
+    blocks_of,
+    family_of,
     rounded,
     splits_for,
     sum_splits,
 )
 from loraga.kernels.random import uniform_block
 
+# Block sizes by bits of an operand and family of devices, then by columns of the thin operand (up to; the last entry
+# takes more of them, too).
+_Table = dict[tuple[int, int], dict[int, dict[str, int]]]
+
+
+def _blocks(*sizes: int) -> dict[str, int]:
+    names = ("BLOCK_OUT", "BLOCK_IN", "BLOCK_K", "num_warps", "num_stages")
+    return dict(zip(names, sizes, strict=True))
+
+
+_PROJECT: _Table = {
+    (16, 80): {64: _blocks(128, 64, 64, 8, 3), 128: _blocks(128, 64, 128, 8, 3), 256: _blocks(64, 32, 256, 8, 3)},
+    (16, 90): {64: _blocks(128, 64, 64, 8, 4), 128: _blocks(128, 64, 128, 8, 4), 256: _blocks(64, 64, 256, 8, 4)},
+    (16, 100): {64: _blocks(128, 64, 64, 4, 3), 128: _blocks(128, 64, 128, 8, 4), 256: _blocks(64, 64, 256, 8, 4)},
+    (16, RAGGED): {64: _blocks(64, 32, 64, 4, 2), 128: _blocks(64, 32, 128, 8, 2)},
+    (32, 80): {64: _blocks(64, 16, 64, 4, 3), 128: _blocks(64, 32, 128, 8, 3), 256: _blocks(32, 32, 256, 8, 2)},
+    (32, 90): {64: _blocks(64, 32, 64, 4, 3), 128: _blocks(64, 32, 128, 8, 3), 256: _blocks(32, 32, 256, 8, 2)},
+    (32, 100): {64: _blocks(64, 32, 64, 4, 3), 128: _blocks(64, 32, 128, 8, 3), 256: _blocks(32, 32, 256, 8, 2)},
+    (32, RAGGED): {64: _blocks(32, 32, 64, 4, 2), 128: _blocks(32, 32, 128, 8, 2)},
+}
+_DRAW: _Table = {
+    (16, 80): {64: _blocks(128, 64, 64, 8, 3), 128: _blocks(128, 64, 128, 8, 3), 256: _blocks(64, 32, 256, 8, 3)},
+    (16, 90): {64: _blocks(128, 64, 64, 8, 3), 128: _blocks(128, 64, 128, 8, 3), 256: _blocks(64, 32, 256, 8, 3)},
+    (16, 100): {64: _blocks(128, 64, 64, 8, 3), 128: _blocks(128, 64, 128, 8, 3), 256: _blocks(64, 32, 256, 8, 3)},
+    (16, RAGGED): {64: _blocks(64, 16, 64, 8, 2), 128: _blocks(64, 16, 128, 8, 2)},
+    (32, 80): {64: _blocks(32, 32, 64, 4, 3), 128: _blocks(64, 16, 128, 8, 3), 256: _blocks(32, 16, 256, 8, 2)},
+    (32, 90): {64: _blocks(32, 32, 64, 4, 3), 128: _blocks(64, 16, 128, 8, 3), 256: _blocks(32, 16, 256, 8, 2)},
+    (32, 100): {64: _blocks(32, 32, 64, 4, 3), 128: _blocks(64, 16, 128, 8, 3), 256: _blocks(32, 16, 256, 8, 2)},
+    (32, RAGGED): {64: _blocks(64, 16, 64, 8, 2), 128: _blocks(64, 16, 128, 8, 2)},
+}
+_FOLD: _Table = {
+    (16, 80): {64: _blocks(128, 64, 64, 8, 3), 128: _blocks(128, 32, 128, 8, 3)},
+    (16, 90): {64: _blocks(128, 64, 64, 8, 4), 128: _blocks(128, 64, 128, 8, 4)},
+    (16, 100): {64: _blocks(128, 64, 64, 4, 4), 128: _blocks(128, 64, 128, 8, 4)},
+    (16, RAGGED): {64: _blocks(64, 32, 64, 4, 2), 128: _blocks(32, 32, 128, 4, 2)},
+    (32, 80): {64: _blocks(64, 16, 64, 4, 3), 128: _blocks(64, 32, 128, 8, 3), 256: _blocks(32, 32, 256, 8, 2)},
+    (32, 90): {64: _blocks(64, 32, 64, 4, 3), 128: _blocks(64, 32, 128, 8, 3), 256: _blocks(32, 32, 256, 8, 2)},
+    (32, 100): {64: _blocks(64, 32, 64, 4, 3), 128: _blocks(64, 32, 128, 8, 3), 256: _blocks(32, 32, 256, 8, 2)},
+    (32, RAGGED): {64: _blocks(64, 32, 64, 8, 2), 128: _blocks(32, 32, 128, 8, 2)},
+}
+
+
+def _config(table: _Table, k: int, *operands: Tensor) -> dict[str, int]:
+    entries = table[8 * operands[0].element_size(), family_of(*operands)]
+    return entries[min((columns for columns in entries if columns >= k), default=max(entries))]
+
 
 @triton.jit
-def _project_kernel(
+def _thin_kernel(
     a_ptr,
     b_ptr,
     seeds_ptr,
-    out_ptr,
-    T,
-    n,
+    partial_ptr,
+    rows,
+    inner_size,
     k,
     splits,
     stride_ab,
-    stride_at,
-    stride_an,
+    stride_ao,
+    stride_ai,
     stride_bb,
-    stride_bn,
+    stride_bi,
     stride_bk,
-    stride_os,
-    stride_ob,
-    stride_ot,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    stride_ps,
+    stride_pb,
+    stride_po,
+    stride_pk,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DRAW: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[split] = A[:, part of split] · B[part of split, :]; with DRAW, B[j, c] is number j·k + c of the stream."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """partial[split] = A[:, part of split] · B[part of split, :], A (rows, inner_size) with any strides.
+
+    DRAW: B[j, c] is number j·k + c of the stream.
+    """
+    out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     part = tl.program_id(1) % splits
-    columns = (tl.program_id(1) // splits) * BLOCK_K + tl.arange(0, BLOCK_K)
+    first = tl.program_id(1) // splits * BLOCK_K
+    columns = first + tl.arange(0, BLOCK_K)
     batch = tl.program_id(2).to(tl.int64)
-    a_ptr += batch * stride_ab + rows[:, None] * stride_at
-    b_ptr += batch * stride_bb + columns[None, :] * stride_bk
-    inside_rows = rows[:, None] < T
-    inside_columns = columns[None, :] < k
+    inner = tl.arange(0, BLOCK_IN)
+    at = (part * BLOCK_IN + inner).to(tl.int64)
+    a_ptrs = a_ptr + batch * stride_ab + out[:, None].to(tl.int64) * stride_ao + at[None, :] * stride_ai
+    a_step = tl.cast(splits, tl.int64) * BLOCK_IN * stride_ai
     if DRAW:
         seed = tl.load(seeds_ptr + batch)
-    sums = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
-    # every split takes each `splits`-th block: nearly the same work for all, whatever n is
-    for start in range(part * BLOCK_N, n, splits * BLOCK_N):
-        inner = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        a = tl.load(a_ptr + inner[None, :] * stride_an, mask=inside_rows & (inner[None, :] < n), other=0.0)
-        inside = (inner[:, None] < n) & inside_columns
+    else:
+        b_ptrs = b_ptr + batch * stride_bb + at[:, None] * stride_bi + columns[None, :].to(tl.int64) * stride_bk
+        b_step = tl.cast(splits, tl.int64) * BLOCK_IN * stride_bi
+    sums = tl.zeros((BLOCK_OUT, BLOCK_K), dtype=tl.float32)
+    # every split takes each `splits`-th block: nearly the same work for all, whatever the size is
+    for start in range(part * BLOCK_IN, inner_size, splits * BLOCK_IN):
+        inside = inner < inner_size - start
+        a = tl.load(a_ptrs, mask=(out < rows)[:, None] & inside[None, :], other=0.0)
+        a_ptrs += a_step
         if DRAW:
-            drawn = uniform_block(seed, inner, tl.program_id(1) // splits * BLOCK_K, k, BLOCK_K)
-            b = tl.where(inside, drawn, 0.0)
-            if not WIDEN:
-                b = b.to(a_ptr.dtype.element_ty)
+            b = uniform_block(seed, start + inner, first, k, BLOCK_K)
+            b = rounded(tl.where(inside[:, None] & (columns < k)[None, :], b, 0.0), a_ptr, WIDEN)
         else:
-            b = tl.load(b_ptr + inner[:, None] * stride_bn, mask=inside, other=0.0)
+            b = tl.load(b_ptrs, mask=inside[:, None] & (columns < k)[None, :], other=0.0)
+            b_ptrs += b_step
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         sums = tl.dot(a, b, sums, input_precision=PRECISION)
-    out_ptr += part.to(tl.int64) * stride_os + batch * stride_ob
-    out = out_ptr + rows[:, None] * stride_ot + columns[None, :]
-    tl.store(out, rounded(sums, out_ptr, WIDEN), mask=inside_rows & inside_columns)
+    partial_ptr += part.to(tl.int64) * stride_ps + batch * stride_pb
+    pointers = partial_ptr + out[:, None].to(tl.int64) * stride_po + columns[None, :].to(tl.int64) * stride_pk
+    tl.store(pointers, sums, mask=(out < rows)[:, None] & (columns < k)[None, :])
 
 
-@triton.jit
-def _add_product(
-    sums,
-    left_rows,
-    inside_rows,
-    stride_li,
-    right_columns,
-    inside_columns,
-    stride_ri,
-    inner_size,
-    BLOCK_I: tl.constexpr,
-):
-    """sums + L · M for the rows of L and columns of M that the pointers name, with inner_size terms each."""
-    for start in range(0, inner_size, BLOCK_I):
-        inner = (start + tl.arange(0, BLOCK_I)).to(tl.int64)
-        left = tl.load(
-            left_rows + inner[None, :] * stride_li, mask=inside_rows & (inner[None, :] < inner_size), other=0.0
-        )
-        right = tl.load(
-            right_columns + inner[:, None] * stride_ri, mask=(inner[:, None] < inner_size) & inside_columns, other=0.0
-        )
-        sums = tl.dot(left, right, sums, input_precision="tf32x3")
-    return sums
-
-
-@triton.jit
-def _fold_kernel(
-    a_ptr,
-    p_ptr,
-    left_ptr,
-    right_ptr,
-    out_ptr,
-    scale,
-    T,
-    m,
-    k,
-    inner_size,
-    splits,
-    stride_ab,
-    stride_at,
-    stride_am,
-    stride_pb,
-    stride_pt,
-    stride_lm,
-    stride_li,
-    stride_ri,
-    stride_rk,
-    stride_os,
-    stride_ob,
-    stride_om,
-    stride_ok,
-    k_right,
-    BLOCK_M: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    ONTO: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """out[split] = scale · A[part of split, :]ᵀ · P[part of split, :], and L · M besides in the first split (ONTO).
-
-    L (m, inner_size) and M (inner_size, k_right), k_right <= k: columns beyond k_right get nothing from it.
-    """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    part = tl.program_id(1) % splits
-    columns = (tl.program_id(1) // splits) * BLOCK_K + tl.arange(0, BLOCK_K)
-    batch = tl.program_id(2).to(tl.int64)
-    a_ptr += batch * stride_ab + rows[None, :] * stride_am
-    p_ptr += batch * stride_pb + columns[None, :]
-    inside_columns = columns[None, :] < k
-    sums = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    for start in range(part * BLOCK_T, T, splits * BLOCK_T):
-        tokens = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        inside = tokens[:, None] < T
-        a = tl.load(a_ptr + tokens[:, None] * stride_at, mask=inside & (rows[None, :] < m), other=0.0)
-        p = tl.load(p_ptr + tokens[:, None] * stride_pt, mask=inside & inside_columns, other=0.0)
-        if WIDEN:
-            a, p = a.to(tl.float32), p.to(tl.float32)
-        sums = tl.dot(tl.trans(a), p, sums, input_precision=PRECISION)
-    sums *= scale
-    if ONTO:
-        if part == 0:
-            sums = _add_product(
-                sums,
-                left_ptr + rows[:, None] * stride_lm,
-                rows[:, None] < m,
-                stride_li,
-                right_ptr + columns[None, :] * stride_rk,
-                columns[None, :] < k_right,
-                stride_ri,
-                inner_size,
-                BLOCK_I,
-            )
-    out_ptr += part.to(tl.int64) * stride_os + batch * stride_ob
-    out = out_ptr + rows[:, None] * stride_om + columns[None, :].to(tl.int64) * stride_ok
-    tl.store(out, rounded(sums, out_ptr, WIDEN), mask=(rows[:, None] < m) & inside_columns)
-
-
-def project(
-    a: Tensor,
-    b: Tensor | None,
-    *,
-    out_dtype: torch.dtype = torch.float32,
-    seeds: Sequence[int] = (),
-    k: int = 0,
-) -> Tensor:
-    """A B: (b, T, k) of `out_dtype` for a (b, T, n) with any strides and b (b, n, k) of a's dtype.
+def project(a: Tensor, b: Tensor | None, *, seeds: Sequence[int] = (), k: int = 0) -> Tensor:
+    """A B: (b, m, k) float32 for a (b, m, n) with any strides and b (b, n, k) of a's dtype.
 
     With b None the thin operand is drawn: entry (j, c) for matrix i is number j·k + c of the stream `seeds[i]`
     (`loraga.ops.declared.test_matrix_`), rounded to a's dtype; k must then be a multiple of 4.
+
+    Raises:
+        ValueError: the thin operand cannot be drawn.
     """
-    batches, tokens, n = a.shape
-    k = b.shape[2] if b is not None else k
-    if b is None and (k % 4 or n * k > 2**32 or len(seeds) != batches):
+    if b is not None:
+        return _product(_config(_PROJECT, b.shape[2], a, b), a, b, b, b.shape[2])
+    n = a.shape[2]
+    if k % 4 or n * k > 2**32 or len(seeds) != len(a):
         raise ValueError(f"drawing needs k a multiple of 4, at most 2**32 numbers and a seed each, not {k=}, {n=}")
-    operands = (a,) if b is None else (a, b)
-    arch = arch_of(a.device) if is_aligned(*operands) else None
-    config = tuning.config("draw" if b is None else "project", a.dtype, arch, columns=k)
-    programs, blocks = triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(k, config["BLOCK_K"])
-    splits = splits_for(programs * blocks * batches, triton.cdiv(n, config["BLOCK_N"]), a.device)
-    out = torch.empty(batches, tokens, k, dtype=out_dtype, device=a.device)
-    partial = torch.empty(splits, batches, tokens, k, device=a.device) if splits > 1 else out[None]
-    drawn = torch.tensor(seeds, dtype=torch.int64, device=a.device) if b is None else a
-    thin = a if b is None else b
-    if out.numel():
-        _project_kernel[(programs, splits * blocks, batches)](
-            a,
-            thin,
-            drawn,
-            partial,
-            tokens,
-            n,
-            k,
-            splits,
-            *a.stride(),
-            *thin.stride(),
-            *partial.stride()[:3],
-            DRAW=b is None,
-            WIDEN=INTERPRETED,
-            PRECISION=PRECISION,
-            **config,
-        )
-    return sum_splits(partial, out) if splits > 1 else out
+    # not `torch.tensor(..., device=...)`, which waits for everything that is queued on the device
+    drawn = torch.tensor(seeds, dtype=torch.int64).to(a.device, non_blocking=True)
+    return _product(_config(_DRAW, k, a), a, None, drawn, k)
 
 
-def fold(
-    a: Tensor,
-    p: Tensor,
-    *,
-    scale: float = 1.0,
-    onto: tuple[Tensor, Tensor] | None = None,
-    transposed: bool = False,
+def fold(a: Tensor, p: Tensor, *, transposed: bool = False) -> Tensor:
+    """Aᵀ P: (b, n, k) float32, or (b, k, n) if `transposed`, for a (b, m, n), p (b, m, k) of one dtype, any strides."""
+    return _product(_config(_FOLD, p.shape[2], a, p), a.mT, p, p, p.shape[2], transposed=transposed)
+
+
+def _product(
+    config: dict[str, int], a: Tensor, b: Tensor | None, seeds: Tensor, k: int, *, transposed: bool = False
 ) -> Tensor:
-    """scale · Aᵀ P + L M: (b, m, k) float32, or (b, k, m) if `transposed`.
-
-    a (b, T, m) with any strides, p (b, T, k) of a's dtype with rows contiguous; `onto` = (L (m, i), M (i, k')) float32
-    with any strides, k' <= k, for one matrix (b = 1).
-    """
-    batches, tokens, m = a.shape
-    k = p.shape[2]
-    p = p if p.stride(2) == 1 else p.contiguous()
-    config = tuning.config("fold", a.dtype, arch_of(a.device) if is_aligned(a, p) else None, columns=k)
-    programs, blocks = triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(k, config["BLOCK_K"])
-    splits = splits_for(programs * blocks * batches, triton.cdiv(tokens, config["BLOCK_T"]), a.device)
-    shape = (batches, k, m) if transposed else (batches, m, k)
+    """A B (b, rows, k) float32 in one launch, or two where the sum is cut; in memory (b, k, rows) if `transposed`."""
+    batches, rows, inner_size = a.shape
+    programs, blocks = blocks_of(rows, config["BLOCK_OUT"]), blocks_of(k, config["BLOCK_K"])
+    splits = splits_for(programs * blocks * batches, blocks_of(inner_size, config["BLOCK_IN"]), a.device)
+    shape = (batches, k, rows) if transposed else (batches, rows, k)
     out = torch.empty(shape, dtype=torch.float32, device=a.device)
+    if out.numel() == 0:
+        return out
     partial = torch.empty(splits, *shape, device=a.device) if splits > 1 else out[None]
-    stride_os, stride_ob, stride_om, stride_ok = partial.stride()
-    if transposed:
-        stride_om, stride_ok = stride_ok, stride_om
-    left, right = onto if onto is not None else (partial.view(1, -1), partial.view(1, -1))
-    if out.numel():
-        _fold_kernel[(programs, splits * blocks, batches)](
-            a,
-            p,
-            left,
-            right,
-            partial,
-            scale,
-            tokens,
-            m,
-            k,
-            left.shape[1],
-            splits,
-            *a.stride(),
-            p.stride(0),
-            p.stride(1),
-            *left.stride(),
-            *right.stride(),
-            stride_os,
-            stride_ob,
-            stride_om,
-            stride_ok,
-            right.shape[1],
-            ONTO=onto is not None,
-            WIDEN=INTERPRETED,
-            PRECISION=PRECISION,
-            **config,
-        )
+    strides = partial.stride()
+    thin = a if b is None else b
+    _thin_kernel[(programs, splits * blocks, batches)](
+        a,
+        thin,
+        seeds,
+        partial,
+        rows,
+        inner_size,
+        k,
+        splits,
+        *a.stride(),
+        *thin.stride(),
+        *((strides[0], strides[1], strides[3], strides[2]) if transposed else strides),
+        DRAW=b is None,
+        WIDEN=INTERPRETED,
+        PRECISION=PRECISION,
+        **config,
+    )
     return sum_splits(partial, out) if splits > 1 else out
 
 
@@ -303,56 +208,6 @@ def project_reference(a: Tensor, b: Tensor) -> Tensor:
     return a.double() @ b.double()
 
 
-def fold_reference(a: Tensor, p: Tensor, scale: float = 1.0, onto: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """scale · Aᵀ P + L M in float64."""
-    out = scale * (a.double().mT @ p.double())
-    if onto is not None:
-        out[..., : onto[1].shape[1]] += onto[0].double() @ onto[1].double()
-    return out
-
-
-def builds(arch: int) -> Iterator[Build]:
-    for name in ("bf16", "fp32"):
-        dtype = DTYPES[name]
-        for table in (arch, None):
-            for kernel, outs in (("draw", ["fp32"]), ("project", sorted({name, "fp32"}))):
-                for columns, config in tuning.entries(kernel, dtype, table):
-                    for out in outs:
-                        label = f"{kernel} {columns} {name} -> {out}"
-                        yield _project_build(label, name, out, kernel == "draw", config, table is not None)
-            for columns, config in tuning.entries("fold", dtype, table):
-                for onto in (False, True):
-                    label = f"fold {columns} {name}{' onto a sum' if onto else ''}"
-                    yield _fold_build(label, name, onto, config, table is not None)
-
-
-def _project_build(label: str, name: str, out: str, draw: bool, config: dict[str, int], aligned: bool) -> Build:
-    strides = tuple(f"stride_{s}" for s in ["ab", "at", "an", "bb", "bn", "bk", "os", "ob", "ot"])
-    ones = {"stride_an": 1, "stride_bk": 1} if aligned else {}
-    return Build(
-        label if aligned else f"{label}, ragged",
-        _project_kernel,
-        {"a_ptr": f"*{name}", "b_ptr": f"*{name}", "seeds_ptr": "*i64", "out_ptr": f"*{out}"}
-        | dict.fromkeys(("T", "n", "k", "splits"), "i32")
-        | dict.fromkeys(strides, "i64"),
-        ones | {"DRAW": draw, "WIDEN": False, "PRECISION": PRECISION},
-        config,
-        ("n", "k", *strides) if aligned else (),
-    )
-
-
-def _fold_build(label: str, name: str, onto: bool, config: dict[str, int], aligned: bool) -> Build:
-    strides = tuple(
-        f"stride_{s}" for s in ["ab", "at", "am", "pb", "pt", "lm", "li", "ri", "rk", "os", "ob", "om", "ok"]
-    )
-    return Build(
-        label if aligned else f"{label}, ragged",
-        _fold_kernel,
-        {"a_ptr": f"*{name}", "p_ptr": f"*{name}", "left_ptr": "*fp32", "right_ptr": "*fp32", "out_ptr": "*fp32"}
-        | {"scale": "fp32"}
-        | dict.fromkeys(("T", "m", "k", "inner_size", "splits", "k_right"), "i32")
-        | dict.fromkeys(strides, "i64"),
-        ({"stride_am": 1} if aligned else {}) | {"ONTO": onto, "WIDEN": False, "PRECISION": PRECISION},
-        config,
-        ("m", "k", "inner_size", "k_right", *strides) if aligned else (),
-    )
+def fold_reference(a: Tensor, p: Tensor) -> Tensor:
+    """Aᵀ P in float64."""
+    return a.double().mT @ p.double()

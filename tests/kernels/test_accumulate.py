@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_operands import DEVICE, DTYPES, assert_as_good, needs_device, operand
+from kernel_operands import DEVICE, DTYPES, assert_as_good, count_launches, needs_device, operand
 
-from loraga.kernels import accumulate
+from loraga.kernels import accumulate, common
 from loraga.ops import reference
 
 pytestmark = needs_device
@@ -52,3 +52,22 @@ def test_accumulate_of_no_token_changes_nothing():
     before = g.clone()
     assert accumulate.accumulate(g, operand(0, 8), operand(0, 8))
     assert torch.equal(g, before)
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_sizes_of_every_architecture(arch, dtype, monkeypatch):
+    monkeypatch.setattr(common, "arch_of", lambda device: arch)
+    x, dy, g = operand(80, 144, dtype=dtype), operand(80, 160, dtype=dtype, seed=1), operand(160, 144)
+    truth, eager = g.double() + dy.double().mT @ x.double(), g.clone()
+    reference.accumulate_(eager, x, dy, 1.0)
+    assert accumulate.accumulate(g, x, dy)
+    assert_as_good(g, truth, eager, slack=1.01)
+
+
+@pytest.mark.parametrize(("splits", "expected"), [(1, 2), (4, 3)])
+def test_launches(splits, expected, monkeypatch):
+    monkeypatch.setattr(accumulate, "splits_for", lambda programs, steps, device: splits)
+    launches = count_launches(monkeypatch, accumulate)
+    accumulate.accumulate(operand(20, 30), operand(50, 30), operand(50, 20))
+    assert len(launches) == expected and launches[0] == "_finite_kernel"
