@@ -191,11 +191,11 @@ def _(y: Tensor) -> Tensor:
 def basis(y: Tensor, passes: int = 2) -> Tensor:
     """Q (..., m, k) float32 that spans the range of `y` (..., m, k), m >= k, as orthonormal as a loop needs it.
 
-    It is CholeskyQR in float32, twice, each time with a shift (docs/numerics.md). Every finite input gives a finite Q of
-    full rank, also a zero, rank-deficient, sparse or badly scaled block. The singular values of Q are at most 1 + 1e-4.
-    They are within 1 % of 1, except those of directions that have less than 1e-4 of the largest singular value of the
-    block after its columns are scaled to unit norm; these become shorter. The control flow is fixed, and the host does
-    not wait for the device. A block with NaN or Inf gives numbers without meaning and no error.
+    It is CholeskyQR in float32, twice, with a shift each time (docs/numerics.md). Every finite input gives a finite Q
+    of full rank, also a zero, rank-deficient, sparse or badly scaled block. The singular values of Q are at most
+    1 + 1e-4. They are within 1 % of 1, except those of directions that have less than 1e-4 of the largest singular
+    value of the block after its columns are scaled to unit norm; these become shorter. The control flow is fixed, and
+    the host does not wait for the device. A block with NaN or Inf gives numbers without meaning and no error.
 
     With one pass the work halves, and directions below 1e-2 of the largest become shorter, down to about 1e-4. That is
     enough for a block that is only multiplied with, where the product gets a basis of its own.
