@@ -287,8 +287,9 @@ def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _svd_by_eigenvalues(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The full SVD of `core` (..., k, k) float64 by the eigenvectors of its Gram matrix.
 
-    For cores wider than 512 on a GPU, and for narrower ones where the native core is missing: cuSOLVER computes the SVDs of a batch one by one, each in many small launches, but
-    symmetric eigenproblems in large launches. Squaring the core halves the digits of float64. The accuracy that
+    For cores wider than 512 on a GPU, and for narrower ones where the native core is missing. cuSOLVER computes the
+    SVDs of a batch one by one, each in many small launches, but symmetric eigenproblems in large launches. Squaring the
+    core halves the digits of float64. The accuracy that
     remains: S is right to 1e-8 of the largest, U and Vh are orthonormal to 1e-5, and rows of Vh are singular vectors
     where S is at least 1e-5 of the largest.
     """
