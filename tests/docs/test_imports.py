@@ -22,6 +22,7 @@ LAYERS = (
     ("report",),
     ("integrations",),
     ("plan",),
+    ("kernels.dev",),  # for developers: it runs estimators of all kinds
     ("api",),
     ("cli",),
     ("__init__", "__main__"),
