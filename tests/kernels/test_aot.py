@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +118,16 @@ from loraga.kernels.dev import launches, workloads
 from triton.runtime.jit import JITFunction
 there = {name for module in launches.families() for name, value in vars(module).items()
          if isinstance(value, JITFunction) and name.endswith("_kernel")}
-launched = {arch: sorted({build.launch.kernel for build in workloads.builds(arch)}) for arch in (80, 90, 120)}
-print(json.dumps([sorted(there), launched]))
+builds = {arch: workloads.builds(arch) for arch in (80, 90, 120)}
+launched = {arch: sorted({build.launch.kernel for build in found}) for arch, found in builds.items()}
+counts = [(len(found), sum(b.uses for b in found)) for found in (builds[90], workloads.builds(90, every=False))]
+print(json.dumps([sorted(there), launched, counts]))
 """,
         cache,
     )
     assert found[0] and all(kernels == found[0] for kernels in found[1].values())
+    (every, launches_of_every), (one_of_each_kind, launches_of_kinds) = found[2]
+    assert every > one_of_each_kind > len(found[0]) and launches_of_every == launches_of_kinds > every
 
 
 def test_what_is_recorded_is_what_triton_would_compile(cache):
@@ -251,6 +257,21 @@ def test_an_unknown_architecture_is_named(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that it is put back after the command has set it
     assert command.main(["75"]) == 2
     assert "75" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "words"), [({}, None), ({"local": 8}, "spills"), ({"generic": 1}, "generic")])
+def test_the_table_names_what_is_wrong(change, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    numbers = dict.fromkeys((field.name for field in fields(aot.Usage)), 1) | {"local": 0, "spills": 0, "generic": 0}
+    usage = aot.Usage(
+        **numbers | {"kernel": "_fold_kernel", "label": "7B down", "operands": "bf16", "arch": 90} | change
+    )
+    monkeypatch.setattr(aot, "compile_all", lambda archs: iter([usage]))
+    assert command.main(["90", "--json", str(tmp_path / "table.json")]) == (0 if words is None else 1)
+    said = capsys.readouterr().out
+    assert "sm_90" in said and re.search(r"^fold .* bf16: 7B down$", said, re.MULTILINE)
+    assert ("none has a fault" in said) if words is None else re.search(rf"\^.*{words}", said)
+    assert json.loads((tmp_path / "table.json").read_text()) == [asdict(usage)]
 
 
 def test_nothing_is_recorded_or_compiled_while_kernels_are_interpreted():

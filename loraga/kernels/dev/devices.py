@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _KILO = 1024
-# One warp gets registers in units of this many, and every block takes 1 KB of shared memory besides what it asks for.
+# One warp gets registers in units of this many, from one of the four partitions of a multiprocessor. Every block takes
+# 1 KB of shared memory besides what it asks for.
 _REGISTER_UNIT = 256
+_PARTITIONS = 4
 _RESERVED = _KILO
 
 
@@ -34,8 +36,8 @@ class Multiprocessor:
         if shared > self.block_shared:
             return 0
         per_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
-        fits = [self.blocks, self.warps // num_warps, self.registers // (per_warp * num_warps)]
-        fits.append(self.shared // (shared + _RESERVED))
+        warps = min(self.warps, self.registers // _PARTITIONS // per_warp * _PARTITIONS)
+        fits = [self.blocks, warps // num_warps, self.shared // (shared + _RESERVED)]
         if tensor_columns:
             fits.append(self.tensor_columns // tensor_columns)
         return min(fits)
