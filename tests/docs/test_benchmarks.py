@@ -193,6 +193,23 @@ def test_the_time_model_separates_the_updates_from_the_model(monkeypatch):
     assert sum(step.name == "mm" for step in update.steps) == 4 * 14
 
 
+def test_the_time_model_is_of_this_code():
+    """After a change of the update: run `time_model.py`, with and without `--layers`, on a clean tree, and `tables.py`."""
+    result = json.loads((RESULTS / "time-model-layers.json").read_text())
+    (row,) = (
+        row
+        for row in result["rows"]
+        if (row["layer"], row["tokens"], row["ranks"], row["path"])
+        == ("7B attention: 4096 x 4096", 1024, "8, 16", "torch")
+    )
+    case = time_model.Case(time_model.LLAMA_7B[0], 1024, torch.bfloat16, 16, count=row["group"])
+    estimators = case.estimators()
+    case.update(estimators)
+    with time_model.counted() as steps:
+        case.update(estimators)
+    assert len(steps.steps) / row["group"] == row["steps"]
+
+
 def test_the_modelled_times_are_below_what_was_promised():
     """One of the promises of the GPU path; docs/time-model.md says how far a model can be trusted."""
     result = json.loads((RESULTS / "time-model.json").read_text())
