@@ -34,13 +34,15 @@ _WIDEST = 128
 # Most parts that norms are summed in: the programs of the Gram kernel read all of them. A power of two.
 _PARTS = 32
 
-# Block sizes by columns of a block (MAIN, up to).
+# Block sizes by columns of a block (MAIN + REST, up to).
 _GRAM = {
-    64: {"BLOCK_M": 16, "num_warps": 4, "num_stages": 2},
+    48: {"BLOCK_M": 16, "num_warps": 2, "num_stages": 2},
+    80: {"BLOCK_M": 16, "num_warps": 4, "num_stages": 3},
     128: {"BLOCK_M": 16, "num_warps": 8, "num_stages": 2},
 }
 _PRODUCT = {
-    64: {"BLOCK_M": 64, "BLOCK_I": 16, "num_warps": 4, "num_stages": 3},
+    48: {"BLOCK_M": 64, "BLOCK_I": 16, "num_warps": 4, "num_stages": 2},
+    96: {"BLOCK_M": 64, "BLOCK_I": 16, "num_warps": 4, "num_stages": 3},
     128: {"BLOCK_M": 64, "BLOCK_I": 32, "num_warps": 8, "num_stages": 2},
 }
 _NORMS = {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
@@ -281,8 +283,8 @@ def blocks_of_columns(k: int) -> tuple[int, int, int]:
     return (1, 2 * main, 0) if rest == main else (1, main, rest)
 
 
-def _config(table: dict[int, dict[str, int]], main: int) -> dict[str, int]:
-    return next(config for most, config in table.items() if main <= most)
+def _config(table: dict[int, dict[str, int]], columns: int) -> dict[str, int]:
+    return next(config for most, config in table.items() if columns <= most)
 
 
 def basis(y: Tensor, passes: int = 2) -> Tensor:
@@ -315,7 +317,7 @@ def _gram(y: Tensor, norms: Tensor, scales: Tensor, frequency: Tensor, raw: bool
     """AᵀA (b, k, k) of what `_product` multiplies, lower triangles; `scales` and `frequency` are filled unless raw."""
     batches, m, k = y.shape
     blocks, main, rest = blocks_of_columns(k)
-    config = _config(_GRAM, main)
+    config = _config(_GRAM, main + rest)
     splits = splits_for(blocks * (blocks + 1) // 2 * batches, blocks_of(m, config["BLOCK_M"]), y.device)
     partial = torch.empty(splits, batches, k, k, dtype=torch.float32, device=y.device)
     _gram_kernel[(blocks * blocks, splits, batches)](
@@ -349,7 +351,7 @@ def _product(y: Tensor, scales: Tensor, frequency: Tensor, inverse: Tensor, raw:
     """A · inverseᵀ (b, m, k)."""
     batches, m, k = y.shape
     blocks, main, rest = blocks_of_columns(k)
-    config = _config(_PRODUCT, main)
+    config = _config(_PRODUCT, main + rest)
     out = torch.empty(batches, m, k, dtype=torch.float32, device=y.device)
     _product_kernel[(blocks_of(m, config["BLOCK_M"]), blocks, batches)](
         y,
