@@ -194,7 +194,7 @@ def test_the_time_model_separates_the_updates_from_the_model(monkeypatch):
 
 
 def test_the_time_model_is_of_this_code():
-    """After a change of the update run `time_model.py` on a clean tree, with and without `--layers`, and `tables.py`."""
+    """After a change of updates run `time_model.py` on a clean tree, with and without `--layers`, and `tables.py`."""
     result = json.loads((RESULTS / "time-model-layers.json").read_text())
     (row,) = (
         row
