@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loraga.kernels.common import (
+    FUSED,
     INTERPRETED,
     PRECISION,
     RAGGED,
@@ -210,7 +211,7 @@ def accumulate(g: Tensor, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
     scans = min(_FLAGS, blocks_of(tokens, _SCAN["ROWS"]))
     flags = torch.empty(scans, dtype=torch.int32, device=g.device)
     added = torch.empty((), dtype=torch.int8, device=g.device)
-    _finite_kernel[(scans,)](x, dy, flags, tokens, m, n, *x.stride(), *dy.stride(), **_SCAN)
+    _finite_kernel[(scans,)](x, dy, flags, tokens, m, n, *x.stride(), *dy.stride(), **_SCAN, **FUSED)
     config = _CONFIG[8 * x.element_size(), family_of(g, x, dy)]
     programs = blocks_of(m, config["BLOCK_M"]) * blocks_of(n, config["BLOCK_N"])
     splits = splits_for(programs, blocks_of(tokens, config["BLOCK_T"]), g.device)
@@ -236,6 +237,7 @@ def accumulate(g: Tensor, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
         WIDEN=INTERPRETED,
         PRECISION=PRECISION,
         **config,
+        **FUSED,
     )
     if splits > 1:
         _add_splits_kernel[(blocks_of(g.numel(), _ADD_BLOCK),)](
@@ -252,5 +254,6 @@ def accumulate(g: Tensor, x: Tensor, dy: Tensor, scale: float = 1.0) -> Tensor:
             BLOCK=_ADD_BLOCK,
             FLAGS=_FLAGS,
             WIDEN=INTERPRETED,
+            **FUSED,
         )
     return added.view(torch.bool)

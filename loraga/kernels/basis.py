@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraga.kernels.common import PRECISION, blocks_of, splits_for, sum_splits
+from loraga.kernels.common import FUSED, PRECISION, blocks_of, splits_for, sum_splits
 from loraga.ops import declared, reference
 
 basis_reference = reference.basis
@@ -309,7 +309,7 @@ def _norms(y: Tensor) -> Tensor:
     blocks = blocks_of(k, _NORMS["BLOCK_K"])
     splits = min(splits_for(blocks * batches, blocks_of(m, _NORMS["BLOCK_M"]), y.device), _PARTS)
     partial = torch.empty(batches, splits, k, dtype=torch.float64, device=y.device)
-    _norms_kernel[(blocks, splits, batches)](y, partial, m, k, splits, *y.stride(), **_NORMS)
+    _norms_kernel[(blocks, splits, batches)](y, partial, m, k, splits, *y.stride(), **_NORMS, **FUSED)
     return partial
 
 
@@ -343,6 +343,7 @@ def _gram(y: Tensor, norms: Tensor, scales: Tensor, frequency: Tensor, raw: bool
         REST=rest,
         PRECISION=PRECISION,
         **config,
+        **FUSED,
     )
     return partial[0] if splits == 1 else sum_splits(partial, torch.empty_like(partial[0]))
 
@@ -367,5 +368,6 @@ def _product(y: Tensor, scales: Tensor, frequency: Tensor, inverse: Tensor, raw:
         REST=rest,
         PRECISION=PRECISION,
         **config,
+        **FUSED,
     )
     return out

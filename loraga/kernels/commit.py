@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraga.kernels.common import all_set, blocks_of
+from loraga.kernels.common import FUSED, all_set, blocks_of
 from loraga.ops import reference
 
 commit_reference = reference.commit_
@@ -101,7 +101,7 @@ def commit(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, l
     left_size, q_size, z_size, probed_size = (t.numel() // layers for t in (left, q, z, probed))
     programs = max(1, min(_FLAGS, blocks_of(max(left_size, z_size), _BLOCK)))
     flags = torch.empty(layers, programs, dtype=torch.int32, device=q.device)
-    _finite_kernel[(programs, layers)](left, new_z, flags, left_size, z_size, left.stride(0), BLOCK=_BLOCK)
+    _finite_kernel[(programs, layers)](left, new_z, flags, left_size, z_size, left.stride(0), BLOCK=_BLOCK, **FUSED)
     _commit_kernel[(max(1, blocks_of(max(q_size, z_size, probed_size), _BLOCK)), layers)](
         q,
         z,
@@ -120,5 +120,6 @@ def commit(q: Tensor, z: Tensor, probed: Tensor, new_q: Tensor, new_z: Tensor, l
         *left.stride(),
         BLOCK=_BLOCK,
         FLAGS=_FLAGS,
+        **FUSED,
     )
     return finite.view(torch.bool)

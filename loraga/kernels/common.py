@@ -20,6 +20,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # (one tf32 product would keep 10 bits); half types ignore this.
 PRECISION = "tf32x3"
 
+# For every launch: a multiplication and the addition that follows it become one instruction with one rounding. No
+# kernel needs that they do not. Triton's default changes with 3.10, and 3.9 warns those who do not say.
+FUSED = {"enable_fp_fusion": True}
+
 
 @functools.cache
 def arch_of(device: torch.device) -> int:
@@ -71,8 +75,8 @@ def splits_for(programs: int, steps: int, device: torch.device) -> int:
 def all_set(flags_ptr, count, FLAGS: tl.constexpr):
     """Are all `count` flags, at most FLAGS, one? A bool.
 
-    It enters a mask by `tl.where(bool, size, 0)` in place of a size: the interpreters of Triton 3.8 and 3.9 make an
-    integer of `mask & bool`, and accept none.
+    It enters a mask by `tl.where(bool, size, 0)` in place of a size: the interpreter of Triton 3.9 makes an integer
+    of `mask & bool`, and accepts none.
     """
     offsets = tl.arange(0, FLAGS)
     return tl.min(tl.load(flags_ptr + offsets, mask=offsets < count, other=1), axis=0) != 0
@@ -110,6 +114,6 @@ def sum_splits(partial: Tensor, out: Tensor) -> Tensor:
     total = out.numel()
     if total:
         _sum_splits_kernel[(blocks_of(total, _SUM_BLOCK),)](
-            partial, out, total, SPLITS=partial.shape[0], BLOCK=_SUM_BLOCK, WIDEN=INTERPRETED
+            partial, out, total, SPLITS=partial.shape[0], BLOCK=_SUM_BLOCK, WIDEN=INTERPRETED, **FUSED
         )
     return out

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraga.kernels.common import blocks_of
+from loraga.kernels.common import FUSED, blocks_of
 from loraga.ops import reference
 
 test_matrix_reference = reference.test_matrix_
@@ -46,4 +46,4 @@ _BLOCK = 1024
 def fill(out: Tensor, seed: int) -> None:
     """Fill contiguous float32 `out` with the stream `seed`."""
     if out.numel():
-        _fill_kernel[(blocks_of(out.numel(), _BLOCK),)](out, seed, out.numel(), BLOCK=_BLOCK)
+        _fill_kernel[(blocks_of(out.numel(), _BLOCK),)](out, seed, out.numel(), BLOCK=_BLOCK, **FUSED)

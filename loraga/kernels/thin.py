@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loraga.kernels.common import (
+    FUSED,
     INTERPRETED,
     PRECISION,
     RAGGED,
@@ -199,6 +200,7 @@ def _product(
         WIDEN=INTERPRETED,
         PRECISION=PRECISION,
         **config,
+        **FUSED,
     )
     return sum_splits(partial, out) if splits > 1 else out
 
