@@ -41,7 +41,8 @@ void cholesky_inverse(const CholeskyProblem<Real>& problem, Target target) {
     check_cholesky_call(problem);
     if (problem.batch == 0) return;
     const DeviceGuard guard(target.device);
-    if (!launch<Real, true>(problem, target)) launch<Real, false>(problem, target);
+    if (launch<Real, true>(problem, target) || launch<Real, false>(problem, target)) return;
+    LORAGA_REQUIRE(false, "k is " << problem.k << ", for which this device has too little shared memory");
 }
 
 template void cholesky_inverse(const CholeskyProblem<float>&, Target);

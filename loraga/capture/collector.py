@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 
@@ -66,6 +67,7 @@ class Collector:
         self._weight = 1.0
         self._pending: defaultdict[torch.device, Pending] = defaultdict(Pending)
         self._backward_task = -1
+        self._lock = threading.Lock()  # a backward pass has a thread for each device
         self._rings: dict[torch.device, StagingRing] = {}
         self._formed: Mapping[str, WeightGradient] = {}
         self.staging_bytes = 0
@@ -100,7 +102,8 @@ class Collector:
         with own_precision(dy.device):
             if isinstance(estimator, Streaming) and _waits(dy.device):
                 self._flush_at_the_end()
-                self._note(self._pending[dy.device].add(label, estimator, x, dy, self._weight))
+                with self._lock:
+                    self._note(self._pending[dy.device].add(label, estimator, x, dy, self._weight))
             else:
                 self.outcomes.add([label], estimator.update(x, dy, self._weight)[None])
 
@@ -120,9 +123,10 @@ class Collector:
 
     def flush(self) -> None:
         """Update the estimators with all pairs that wait."""
-        for device, pending in self._pending.items():
-            with torch.no_grad(), own_precision(device):
-                self._note(pending.flush())
+        with self._lock, torch.no_grad():
+            for device, pending in self._pending.items():
+                with own_precision(device):
+                    self._note(pending.flush())
 
     def _made_on_other_device(self, name: str, device: torch.device) -> bool:
         """Whether an unused estimator is not on `device`, where its layer computes (FSDP2 with CPU offload)."""
@@ -164,12 +168,12 @@ class Collector:
 
     def _by_tokens(self, device: torch.device) -> bool:
         """Whether the number of tokens decides between sketch and gradient. All ranks have to choose the same."""
-        return device.type == "cpu" and self._alone
+        return device.type == "cpu" and self._alone and self._micro_batches is not None
 
     def _make_planned(self, tokens: Mapping[str, int]) -> None:
         """Make the estimators of layers on a CPU, between the first forward and backward; `tokens` by layer."""
         for name in [name for name in self._planned if name in tokens]:
-            self._made([self._planned.pop(name)], tokens=tokens[name])
+            self._made([self._planned[name]], tokens=tokens[name])
 
     def make(self, name: str, m: int, n: int) -> None:
         """Make the estimator of a layer that has no gradient yet, on the device of its weight if that is known."""
@@ -196,7 +200,9 @@ class Collector:
             formed=formed,
             tokens=tokens,
         )
-        self.estimators.update(zip((spec.name for spec in specs), made, strict=True))
+        for spec, estimator in zip(specs, made, strict=True):
+            self.estimators[spec.name] = estimator
+            self._planned.pop(spec.name, None)
         return made
 
     def _ring(self, device: torch.device) -> StagingRing | None:
@@ -229,8 +235,13 @@ class Collector:
         self._close()
 
     def next_micro_batch(self) -> None:
-        """Count the gradients since the last call as one micro-batch, if there were any."""
-        if self.outcomes.any:
+        """Count the gradients since the last call as one micro-batch, if there were any.
+
+        Pairs that still wait are those of a backward call that raised, and the caller went on. They are left out.
+        """
+        for pending in self._pending.values():
+            pending.clear()
+        if self._calls:
             self._close()
 
     def _close(self) -> None:

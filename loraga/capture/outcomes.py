@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Counts of so many lists of layers stay on the device. Experts that get tokens make a new list in nearly every batch.
+_LISTS = 256
+
 Label = tuple[str, int]  # a layer, and the number of its call in the micro-batch
 
 
@@ -53,6 +56,9 @@ class Outcomes:
             count = self._left_out.get((device, names))
             self._left_out[device, names] = (~finite).long() if count is None else count + ~finite
             self._complete[device].append((self.micro_batches, finite.all()))
+        if len(self._left_out) > _LISTS:
+            self._left_out_known = self.left_out()
+            self._left_out.clear()
         for (name, _), known in self._known.items():
             self.updates[name] += 1
             if not known:

@@ -24,6 +24,7 @@ from loraga.distributed.ranks import Ranks
 from loraga.distributed.sharding import is_sharded, resharded
 from loraga.estimators import BFLOAT16_LIMIT, Estimate, finish, merge
 from loraga.linalg.precision import own_precision
+from loraga.ops import reference
 from loraga.ops.triton import selection
 
 
@@ -171,8 +172,11 @@ def _agree(model: nn.Module, request: Request, ranks: Ranks, together: bool) -> 
         seed=request.seed,
         sharded=together,
     )
+    devices = {parameter.device for parameter in model.parameters()}
+    if together and torch.cuda.is_available():  # weights in host memory are computed with here (FSDP2's CPU offload)
+        devices.add(torch.device("cuda", torch.cuda.current_device()))
     with own_precision(torch.device("cuda")):
-        selection.agree(ranks, {parameter.device for parameter in model.parameters()})
+        selection.agree(ranks, devices)
 
 
 @dataclass
@@ -260,6 +264,7 @@ def _conclude(
     bar = tqdm(total=len(estimators), desc="loraga: factors", unit="layer", disable=not show_progress_bar)
     with bar:
         estimates = _of_first_rank(finish(estimators, divisors, bar.update), ranks)
+    reference.forget()
     seconds = {"gradients": observed - started, "factors": time.perf_counter() - merged}
     if ranks.size > 1:
         seconds["merging"] = merged - observed

@@ -8,8 +8,7 @@ longer to launch them than the device to compute them. For layers of one shape t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,9 @@ from torch import Tensor
 
 from loraga.estimators.streaming import Streaming
 
-# Bytes that waiting pairs may take on a device, together with what the update of one group of them takes. Groups are as
-# large as this allows.
+# Upper limit in bytes, on one device, for waiting pairs and the temporaries of the update of the largest group.
 WAITING_BYTES = 2**29
-# What the update of a group takes, in multiples of its state: less than so much.
+# Upper bound of these temporaries, as a multiple of the group's state.
 WORKING_STATES = 5
 
 # Labels of pairs, and a bool tensor on their device with one entry per label: True where the pair entered the sum.
@@ -35,6 +33,7 @@ class _Pair:
     x: Tensor
     dy: Tensor
     scale: float
+    version: int  # of x
 
 
 class Pending:
@@ -48,8 +47,6 @@ class Pending:
     def __init__(self, limit: int = WAITING_BYTES) -> None:
         self._limit = limit
         self._groups: defaultdict[Hashable, list[_Pair]] = defaultdict(list)
-        self._bytes: defaultdict[Hashable, int] = defaultdict(int)
-        self._storages: set[int] = set()  # of the x that wait: layers with one input share it
 
     def __len__(self) -> int:
         """How many pairs wait."""
@@ -60,79 +57,76 @@ class Pending:
 
         It is a copy of dy that waits: some modules overwrite a gradient in place once autograd has handed it to them
         (the RMSNorm of Liger). x is an activation that autograd has saved, which nobody may change.
+
+        Raises:
+            RuntimeError: an op of torch has changed the x of a pair while it waited.
         """
-        key, outcomes = self._key(streaming, x, scale), []
-        if any(pair.streaming is streaming for pair in self._groups.get(key, ())):  # the layer was called twice
-            outcomes += self._absorb(key)
-        size = pair_bytes(None if _storage(x) in self._storages else x, dy)
+        outcomes: list[Outcome] = []
+        for key in [key for key, group in self._groups.items() if any(pair.streaming is streaming for pair in group)]:
+            outcomes += self._absorb(key)  # the layer was called before in this backward
+        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+        key = streaming.place[0], x.dtype, scale, stream
         working = WORKING_STATES * streaming.state_bytes
-        if 2 * (size + working) > self._limit:
-            return outcomes + self._absorb(key) + _absorbed([_Pair(label, streaming, x, dy, scale)])
-        while self._groups and not self._has_room(key, size, working):
-            outcomes += self._absorb(max(self._groups, key=lambda group: self._bytes[group] + self._working(group)))
-        self._groups[key].append(_Pair(label, streaming, x, dy.clone(), scale))
-        self._bytes[key] += size
-        self._storages.add(_storage(x))
+        if 2 * (pair_bytes(x, dy) + working) > self._limit:
+            outcomes += self._absorb(key)
+            return outcomes + _absorbed([_Pair(label, streaming, x, dy, scale, x._version)], stream)
+        while self._groups and not self._has_room(key, x, dy, working):
+            outcomes += self._absorb(max(self._groups, key=lambda group: self._waiting(group) + self._working(group)))
+        self._groups[key].append(_Pair(label, streaming, x, dy.clone(), scale, x._version))
         return outcomes
 
     def flush(self) -> list[Outcome]:
-        """Absorb all pairs that wait."""
+        """Absorb all pairs that wait. Raises RuntimeError as `add` does."""
         return [outcome for key in list(self._groups) for outcome in self._absorb(key)]
 
-    def _has_room(self, key: Hashable, size: int, working: int) -> bool:
-        """Whether a pair of `size` bytes can wait in the group `key`, whose update then takes `working` bytes more."""
+    def clear(self) -> None:
+        """Forget all pairs that wait."""
+        self._groups.clear()
+
+    def _has_room(self, key: Hashable, x: Tensor, dy: Tensor, working: int) -> bool:
+        """Whether a pair can wait in the group `key`, whose update then takes `working` bytes more."""
+        pairs = [pair for group in self._groups.values() for pair in group]
+        inputs = {_storage(each): each.untyped_storage().nbytes() for each in (x, *(pair.x for pair in pairs))}
+        held = sum(inputs.values()) + sum(pair_bytes(None, each) for each in (dy, *(pair.dy for pair in pairs)))
         largest = max(self._working(group) + (working if group == key else 0) for group in {key, *self._groups})
-        return sum(self._bytes.values()) + size + largest <= self._limit
+        return held + largest <= self._limit
+
+    def _waiting(self, key: Hashable) -> int:
+        return sum(pair_bytes(pair.x, pair.dy) for pair in self._groups[key])
 
     def _working(self, key: Hashable) -> int:
         return WORKING_STATES * sum(pair.streaming.state_bytes for pair in self._groups.get(key, ()))
 
-    @staticmethod
-    def _key(streaming: Streaming, x: Tensor, scale: float) -> Hashable:
-        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-        return streaming.place[0], x.dtype, scale, stream
-
     def _absorb(self, key: Any) -> list[Outcome]:
-        pairs = self._groups.pop(key, [])
-        self._bytes.pop(key, None)
-        self._storages = {_storage(pair.x) for group in self._groups.values() for pair in group}
-        with _on(key[-1]):
-            return _absorbed(pairs)
+        return _absorbed(self._groups.pop(key, []), key[-1])
 
 
-def _absorbed(pairs: list[_Pair]) -> list[Outcome]:
-    """Update the layers of `pairs`, neighbours in memory together."""
-    return [
-        (
-            [pair.label for pair in run],
-            Streaming.absorb(
-                [pair.streaming for pair in run], [pair.x for pair in run], [pair.dy for pair in run], run[0].scale
-            ),
-        )
-        for run in _runs(pairs)
-    ]
+def _absorbed(pairs: list[_Pair], stream: Any) -> list[Outcome]:
+    """Update the layers of `pairs`, which were computed on `stream`: neighbours in memory together."""
+    outcomes = []
+    for run in _runs(pairs):
+        for pair in run:
+            if pair.x._version != pair.version:
+                raise RuntimeError(f"The input of layer {pair.label} was changed in place during backward.")
+        streaming, xs, dys = [pair.streaming for pair in run], [pair.x for pair in run], [pair.dy for pair in run]
+        with streaming[0].on_stream(stream):
+            finite = Streaming.absorb(streaming, xs, dys, run[0].scale)
+        if stream is not None:
+            finite.record_stream(torch.cuda.current_stream(finite.device))
+        outcomes.append(([pair.label for pair in run], finite))
+    return outcomes
 
 
 def _runs(pairs: Iterable[_Pair]) -> list[list[_Pair]]:
-    """Divide pairs of one key into runs of neighbours."""
+    """Divide pairs into runs of layers that are neighbours and can be absorbed together."""
     runs: list[list[_Pair]] = []
     for pair in sorted(pairs, key=lambda pair: pair.streaming.place[1]):
-        if runs and pair.streaming.place[1] == runs[-1][-1].streaming.place[1] + 1:
+        kind, index = pair.streaming.place
+        if runs and runs[-1][-1].streaming.place == (kind, index - 1):
             runs[-1].append(pair)
         else:
             runs.append([pair])
     return runs
-
-
-@contextmanager
-def _on(stream: Any) -> Iterator[None]:
-    """Context of the stream on which pairs were computed. Afterwards the caller's stream waits for it."""
-    if stream is None or stream == (caller := torch.cuda.current_stream(stream.device)):
-        yield
-        return
-    with torch.cuda.stream(stream):
-        yield
-    caller.wait_stream(stream)
 
 
 def pair_bytes(x: Tensor | None, dy: Tensor) -> int:

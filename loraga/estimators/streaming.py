@@ -19,6 +19,8 @@ else once for all (`Streaming.absorb`).
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +73,28 @@ class Sketches:
         )
         for probes, spec in zip(self.probes, specs, strict=True):
             declared.test_matrix_(probes, spec.seed + 1)
+        self._written: Any = _event(first.device)
+
+    @contextmanager
+    def on_stream(self, stream: Any) -> Iterator[None]:
+        """Context of a CUDA stream that updates the state. It waits for the writes before, on whatever stream.
+
+        Afterwards the caller's stream waits for it. `stream` is None where the device has no streams.
+        """
+        if stream is None:
+            yield
+            return
+        caller = torch.cuda.current_stream(stream.device)
+        stream.wait_event(self._written)
+        with torch.cuda.stream(stream):
+            yield
+        self._written = stream.record_event()
+        caller.wait_event(self._written)
+
+    def wait(self) -> None:
+        """Make the caller's stream wait for the last write."""
+        if self._written is not None:
+            torch.cuda.current_stream(self.q.device).wait_event(self._written)
 
     def __getitem__(self, layers: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, z, probes, probed) of some layers, in the same memory."""
@@ -130,8 +154,15 @@ class Streaming:
 
     @property
     def place(self) -> tuple[Hashable, int]:
-        """Neighbours in memory have equal first and consecutive second values."""
+        """Layers that can be absorbed together have equal first and consecutive second values.
+
+        They are neighbours in memory, and all of them or none got an update before.
+        """
         return (id(self._sketches), self._empty), self._index
+
+    def on_stream(self, stream: Any) -> AbstractContextManager[None]:
+        """See `Sketches.on_stream`."""
+        return self._sketches.on_stream(stream)
 
     @property
     def finish_key(self) -> Hashable:
@@ -240,8 +271,15 @@ class Streaming:
 def _shared(group: Sequence[Streaming]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, z, probes, probed) of `group`, each with a first dimension of b layers: a view where they are neighbours."""
     first = group[0]
+    for sketches in {id(s._sketches): s._sketches for s in group}.values():
+        sketches.wait()
     if all(s._sketches is first._sketches and s._index == first._index + i for i, s in enumerate(group)):
         return first._sketches[first._index : first._index + len(group)]
     parts = [s._sketches[s._index : s._index + 1] for s in group]
     q, z, probes, probed = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return q, z, probes, probed
+
+
+def _event(device: torch.device) -> Any:
+    """An event on the caller's stream of a CUDA device, None on other devices."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""What every kernel file shares: how kernels run here, the tables of block sizes, flags, and split sums.
+"""What every kernel file shares: how kernels run here, kinds of devices, flags, and split sums.
 
 With `TRITON_INTERPRET=1` set before Triton is imported, kernels run on the CPU, one program after another. Arithmetic
 on bfloat16 values is silently wrong there, so kernels take a constant WIDEN that makes loaded values float32 first.

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraga.kernels.basis import basis
-from loraga.kernels.random import fill
 from loraga.kernels.thin import fold, project
 from loraga.ops import declared, reference
 
@@ -29,11 +27,11 @@ def subspace(g: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> tuple[
     else:  # drawing goes by fours
         omega = torch.empty(g.shape[0], g.shape[2], k, dtype=torch.float32, device=g.device)
         for out, seed in zip(omega, seeds, strict=True):
-            fill(out, seed)
+            declared.test_matrix_(out, seed)
         y = project(g, omega.to(g.dtype))
     for _ in range(iterations):
-        q = basis(y)
-        v = basis(fold(g, q.to(g.dtype)))
+        q = declared.basis(y)
+        v = declared.basis(fold(g, q.to(g.dtype)))
         y = project(g, v.to(g.dtype))
     q = declared.orthonormalize(y)
     if g.dtype == torch.float32:

@@ -181,7 +181,7 @@ def _product(
     out = torch.empty(shape, dtype=torch.float32, device=a.device)
     if out.numel() == 0:
         return out
-    partial = torch.empty(splits, *shape, device=a.device) if splits > 1 else out[None]
+    partial = torch.empty(splits, *shape, dtype=torch.float32, device=a.device) if splits > 1 else out[None]
     strides = partial.stride()
     thin = a if b is None else b
     _thin_kernel[(programs, splits * blocks, batches)](

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -15,6 +16,9 @@ _callers = ""
 # code that uses the new one only. Before 2.9, `get_float32_matmul_precision` is the one that can return "medium", too.
 _NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 _EXACT = "ieee" if _NEW else "highest"
+# They let cuBLAS add the parts of a product of half-precision numbers in half precision.
+_REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+_reductions: list[Any] = []
 
 
 @contextmanager
@@ -47,22 +51,28 @@ def _write(precision: str) -> None:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Context in which CUDA devices multiply float32 as float32.
+    """Context in which CUDA devices multiply float32 as float32, and sum products of half precision in float32.
 
     The setting belongs to the process, and backward runs one thread per device. Therefore the first thread that enters
     stores the caller's setting, and the last thread that leaves restores it.
     """
-    global _inside, _callers
+    global _inside, _callers, _reductions
     with _lock:
         if _inside == 0:
             _callers = _read()
             if _callers != _EXACT:
                 _write(_EXACT)
+            _reductions = [getattr(torch.backends.cuda.matmul, name) for name in _REDUCTIONS]
+            for name in _REDUCTIONS:
+                setattr(torch.backends.cuda.matmul, name, False)
         _inside += 1
     try:
         yield
     finally:
         with _lock:
             _inside -= 1
-            if _inside == 0 and _callers != _EXACT:
-                _write(_callers)
+            if _inside == 0:
+                if _callers != _EXACT:
+                    _write(_callers)
+                for name, value in zip(_REDUCTIONS, _reductions, strict=True):
+                    setattr(torch.backends.cuda.matmul, name, value)

@@ -322,9 +322,10 @@ def cholesky_inverse(gram: Tensor, shift: float = 0.0) -> Tensor:
     """L⁻¹, lower triangular, with L Lᵀ = gram + shift · trace(gram) · I, for gram (..., k, k) float32 or float64.
 
     The arithmetic and the result have the dtype of `gram`. Only the lower triangle is read. `gram` is a Gram matrix, so
-    no pivot of that sum is below shift · trace but for rounding. Where rounding has made one smaller, the shift is
-    raised there. Without a shift, or with values that are not finite, the result is NaN where a pivot is not positive,
-    and there is no error. The host does not wait for the device.
+    no pivot of that sum is below shift · trace but for rounding. Where rounding has made one smaller, the native core
+    takes the shift for the pivot and zero for the column of L below it; the reference adds 100 times the shift to the
+    whole matrix. If a pivot is still not positive and finite, all entries of this inverse are NaN, and there is no
+    error. The host does not wait for the device.
 
     Raises:
         ValueError: `gram` is not float32 or float64 or not square, or `shift` is negative or not finite.

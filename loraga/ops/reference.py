@@ -115,25 +115,25 @@ def accumulate_(g: Tensor, x: Tensor, dy: Tensor, scale: float) -> Tensor:
     return finite
 
 
-# Entries of a buffer that are widened to float32 at a time.
-_BLOCK = 2**20
+# Entries of a product that exist beside the buffer.
+_BLOCK = 2**22
 
 
 def _add_product(g: Tensor, x: Tensor, dy: Tensor, scale: float) -> None:
     """g += scale · dyᵀ x, summed in float32 and rounded once.
 
-    Where a device has the product of these dtypes with float32 sums, it is one call that makes no temporary. Else it
-    goes by blocks of rows.
+    With one dtype it is one call that makes no temporary. Else it goes by blocks of rows.
     """
     if g.dtype == x.dtype:
         g.addmm_(dy.t(), x, alpha=scale)
-    elif g.dtype == torch.float32 and multiplies_half(g):
-        torch.addmm(g, dy.t(), x, out_dtype=torch.float32, alpha=scale, out=g)
-    else:
-        x, step = x.float(), max(1, _BLOCK // max(1, x.shape[1]))
-        for start in range(0, len(g), step):
-            rows = slice(start, start + step)
-            g[rows] = torch.addmm(g[rows].float(), dy[:, rows].t().float(), x, alpha=scale)
+        return
+    half = x.dtype != torch.float32 and multiplies_half(x)
+    x, step = x if half else x.float(), max(1, _BLOCK // max(1, x.shape[1]))
+    for start in range(0, len(g), step):
+        rows = slice(start, start + step)
+        left = dy[:, rows].t()
+        product = torch.mm(left, x, out_dtype=torch.float32) if half else left.float() @ x
+        g[rows] = product.mul_(scale).add_(g[rows])
 
 
 def directions(m: int, k: int, device: torch.device, by_columns: bool = False) -> Tensor:

@@ -172,7 +172,7 @@ class _Counting(TorchDispatchMode):
                 return out
         if func is aten.mm.dtype:  # torch 2.9 cannot run it on the meta device
             out = args[0].new_empty(len(args[0]), args[1].shape[1], dtype=args[2])
-        elif func in (aten.mm.dtype_out, aten.addmm.dtype_out):
+        elif func is aten.mm.dtype_out:
             out = kwargs["out"]
         else:
             out = func(*args, **kwargs)
@@ -244,7 +244,6 @@ _OPERANDS = {
     aten.mm.dtype: 2,
     aten.mm.dtype_out: 2,
     aten.bmm.dtype: 2,
-    aten.addmm.dtype_out: 3,
 }
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,

@@ -310,6 +310,7 @@ class _Trial:
     def _gradients(self, run: DryRun, waiting: bool = True) -> Found:
         slots = {slot.name: slot for slot in adapters.find_slots(self._peft_model, "default")[0]}
         found: Found = defaultdict(float)
+        inputs: set[int] = set()  # storages of x, which layers share
 
         def on_pair(name: str, x: Tensor, dy: Tensor) -> None:
             first, later = self._update(run, slots[name], x, dy)
@@ -320,10 +321,13 @@ class _Trial:
             estimator = estimators[name]
             if isinstance(estimator, Streaming):
                 key = ("working", slots[name].shape)
-                found["waiting"] += pair_bytes(x, dy)
+                storage = x.untyped_storage()._cdata
+                size = pair_bytes(None if storage in inputs else x, dy)
+                inputs.add(storage)
+                found["waiting"] += size
                 found[key] += WORKING_STATES * estimator.state_bytes
                 if waiting:
-                    run.live += pair_bytes(x, dy)
+                    run.live += size
                     run.count_temporary(int(found[key]))
 
         base = self._peft_model.base_model.model

@@ -112,6 +112,37 @@ def test_a_batch_may_be_overwritten_after_backward(groups):
     assert seen == [1, 2, 3] and found.skipped == {"": 0} and found.micro_batches == 3
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_every_micro_batch_counts_on_a_cpu(reentrant):
+    """Where the number of tokens chooses the estimator, which reentrant checkpointing tells in backward only."""
+    torch.manual_seed(0)
+    model, plain = Net("checkpoint reentrant" if reentrant else "checkpoint"), Net("plain")
+    plain.load_state_dict(model.state_dict())
+    batches = [torch.randn(40, WIDTH, requires_grad=True) for _ in range(3)]
+    ours = loraga.estimate_factors(model, batches, rank=4, loss_fn=loss_fn)
+    truth = loraga.estimate_factors(plain, batches, rank=4, loss_fn=loss_fn)
+    for name, factors in truth.items():
+        assert torch.allclose(ours[name].S, factors.S, rtol=1e-4)
+
+
+def test_a_step_that_goes_on_after_an_error(groups):
+    """The pairs of the backward that raised are left out, and it counts as a micro-batch, as it does without groups."""
+    model, first = Net("plain"), torch.randn(40, WIDTH)
+
+    def step():
+        hidden = model.blocks[0](first)
+        hidden.register_hook(lambda gradient: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.blocks[1](hidden).square().mean().backward()
+        first.fill_(torch.nan)
+        loss_fn(model, torch.randn(40, WIDTH)).backward()
+
+    targets = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    request = Request(dict.fromkeys(targets, 4), targets, loraga.InitConfig(), 0)
+    found = estimate_step(model, request, step, Ranks())
+    assert found.micro_batches == 2 and set(found.updates.values()) == {1} and found.skipped_batches == 0
+
+
 def test_an_error_in_backward_leaves_nothing_behind(groups):
     model, batch = Net("plain"), torch.randn(40, WIDTH)
 

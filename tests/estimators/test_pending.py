@@ -83,6 +83,28 @@ def test_the_largest_group_makes_room():
     assert labels(pending.add(4, small[4], *pair(4))) == [[0, 1, 2, 3]] and len(pending) == 2
 
 
+def test_a_layer_that_is_called_twice_and_a_new_one_are_kept_apart():
+    """The new one is a neighbour, whose state is empty."""
+    group, pending = layers(2), Pending()
+    for label, i in (("a", 1), ("b", 1), ("c", 0)):
+        pending.add(label, group[i], *pair(ord(label)))
+    assert sorted(labels(pending.flush())) == [["b"], ["c"]]
+    for i, seeds in ((0, "c"), (1, "ab")):
+        alone = Streaming(group[i].spec, 4)
+        for seed in seeds:
+            alone.update(*pair(ord(seed)))
+        assert torch.equal(group[i].state[1], alone.state[1])
+
+
+def test_an_input_that_is_changed_while_it_waits_is_an_error():
+    group, pending = layers(1), Pending()
+    x, dy = pair(0)
+    pending.add("up_proj", group[0], x, dy)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="input of layer up_proj was changed in place"):
+        pending.flush()
+
+
 def test_an_input_that_layers_share_counts_once():
     x, dy = pair(0)
     for inputs, waiting in (((x, x[:], x.view_as(x)), 3), ((x, x.clone(), x.clone()), 1)):
@@ -92,6 +114,21 @@ def test_an_input_that_layers_share_counts_once():
         for i, own in enumerate(inputs):
             pending.add(i, group[i], own, dy)
         assert len(pending) == waiting
+
+
+def test_a_shared_input_counts_as_long_as_one_layer_holds_it():
+    """Also after the group that it came with is absorbed."""
+    wide, others = layers(1, M + 400), layers(2, first=1)
+    x, dy = pair(0)
+    pending = Pending()
+    pending.add(0, wide[0], x, torch.randn(len(x), M + 400))
+    pending.add(1, others[0], x, dy)
+    pending._absorb(next(iter(pending._groups)))
+    working = WORKING_STATES * 2 * others[0].state_bytes
+    pending._limit = pair_bytes(x, dy) + pair_bytes(x.clone(), dy) + working
+    assert pending.add(2, others[1], x.clone(), dy) == []
+    pending._limit -= 1
+    assert not pending._has_room(next(iter(pending._groups)), x.clone(), dy[:0], 0)
 
 
 def test_a_large_pair_does_not_wait():
