@@ -41,7 +41,6 @@ _GRAM = {
     128: {"BLOCK_M": 16, "num_warps": 8, "num_stages": 2},
 }
 _PRODUCT = {
-    48: {"BLOCK_M": 64, "BLOCK_I": 16, "num_warps": 4, "num_stages": 2},
     96: {"BLOCK_M": 64, "BLOCK_I": 16, "num_warps": 4, "num_stages": 3},
     128: {"BLOCK_M": 64, "BLOCK_I": 32, "num_warps": 8, "num_stages": 2},
 }
