@@ -99,7 +99,7 @@ def test_as_the_definition_in_float64(m, k, kind, layout):
 @pytest.mark.parametrize("kind", ["repeated", "rank one"])
 @pytest.mark.parametrize(("m", "k"), [(150, 20), (160, 80)])
 def test_the_added_directions_complete_dependent_columns(m, k, kind):
-    """Without them only what rounding leaves of a dependent column would make it a direction, a tenth as long or less."""
+    """Without them, what rounding leaves of a dependent column would be its direction, a tenth as long or less."""
     y = tall(kind, m, k)
     values, expected = torch.linalg.svdvals(basis(y).double()), torch.linalg.svdvals(exact(y))
     assert (values >= 0.9 * expected).all()
