@@ -16,6 +16,7 @@ import loraga
 from loraga.capture import run
 from loraga.capture.run import Request, estimate_step
 from loraga.distributed.ranks import Ranks
+from loraga.estimators import Streaming
 from loraga.kernels import commit
 from loraga.linalg import precision
 from loraga.ops import first_use, triton
@@ -95,15 +96,15 @@ def without_commit():
     """Its last launch fails: the kernel takes more memory than the device has."""
     kernel = commit._commit_kernel
     kind = type(kernel)
-    launch = kind.run
+    launcher = kind.__getitem__
 
-    def fails(self: Any, *args: Any, **options: Any) -> Any:
+    def fails(self: Any, grid: Any) -> Any:
         if self is kernel:
             raise OutOfResources(300_000, 232_448, "shared memory")
-        return launch(self, *args, **options)
+        return launcher(self, grid)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "run", fails)
+        patch.setattr(kind, "__getitem__", fails)
         yield
 
 
@@ -113,7 +114,9 @@ def without_commit():
 def test_a_whole_initialisation_by_the_kernels(monkeypatch, fails):
     """Every op of it goes through the selection, as on a CUDA device. What it finds is what torch finds."""
     monkeypatch.delenv("LORAGA_TRITON", raising=False)
-    width = 352  # of the first layer a sketch is kept, the second one is summed
+    width = 352
+    # of the first layer a sketch is kept, the second one is summed
+    monkeypatch.setattr(Streaming, "pays", lambda spec, tokens=None, micro_batches=None: spec.m == width)
 
     def factors() -> dict[str, loraga.Factors]:
         return loraga.estimate_factors(model_of(width), batches_of(width), ["0", "2"], rank=4, loss_fn=loss_of)
@@ -140,12 +143,12 @@ def test_a_whole_initialisation_by_the_kernels(monkeypatch, fails):
     elif fails == "the check":
         with without_commit(), pytest.warns(UserWarning, match="The Triton kernel of commit_ cannot be used") as seen:
             found = factors()
-        assert len(seen) == 1
+        assert [w.category for w in seen].count(UserWarning) == 1  # numpy warns of the interpreter of Triton 3.4
     else:
         assert chosen.chosen("commit_", HERE).runs == "triton"
         with without_commit(), pytest.warns(UserWarning, match="The Triton kernel of commit_ cannot be used") as seen:
             found = factors()
-        assert len(seen) == 1
+        assert [w.category for w in seen].count(UserWarning) == 1
     assert called == set(triton.LAUNCHERS)
     runs = {op: chosen.chosen(op, HERE).runs for op in triton.LAUNCHERS}
     assert runs == dict.fromkeys(triton.LAUNCHERS, "triton") | ({} if fails == "nothing" else {"commit_": "torch"})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from meta import needs_meta_products
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,6 +78,7 @@ def pair(m, n, dtype, tokens=64):
     return torch.empty(tokens, n, dtype=dtype, device=META), torch.empty(tokens, m, dtype=dtype, device=META)
 
 
+@needs_meta_products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"estimator": "dense"}, {"estimator": "dense", "buffer_dtype": "float32"}])
 @pytest.mark.parametrize("micro_batches", [1, 3])

@@ -26,6 +26,7 @@ import tables
 import time_model
 import torch
 import whole_run
+from meta import needs_meta_products
 
 from loraga.kernels.dev.steps import Step
 from loraga.ops.triton import LAUNCHERS
@@ -180,6 +181,7 @@ def test_the_time_model_is_the_largest_of_work_traffic_and_a_launch():
         time_model.seconds(Step("triton", "_new_kernel", ((4, 4),), "float32", 64, programs=1), device)
 
 
+@needs_meta_products
 def test_the_time_model_separates_the_updates_from_the_model(monkeypatch):
     monkeypatch.setitem(time_model.MODELS, "small", (512, 1024, 2, 8, 8, 1000))
     monkeypatch.setattr(time_model, "SEQUENCE", 64)
@@ -193,6 +195,7 @@ def test_the_time_model_separates_the_updates_from_the_model(monkeypatch):
     assert sum(step.name == "mm" for step in update.steps) == 4 * 14
 
 
+@needs_meta_products
 def test_the_time_model_is_of_this_code():
     """After a change of updates run `time_model.py` on a clean tree, with and without `--layers`, and `tables.py`."""
     result = json.loads((RESULTS / "time-model-layers.json").read_text())

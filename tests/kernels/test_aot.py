@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import triton
+from meta import needs_meta_products
 
 from loraga._version import release_of
 from loraga.kernels.dev import aot, command, devices, launches, workloads
@@ -113,6 +114,7 @@ def test_rows_of_real_layers_are_loaded_wide_and_ahead_of_their_use(compiled):
     assert narrow and all(row["wide_loads"] == 0 for row in narrow)  # so that the zeros above could be seen
 
 
+@needs_meta_products
 def test_every_kernel_is_launched_by_a_case(cache):
     """A kernel that no layer reaches is not compiled, and is of no use."""
     found = run(

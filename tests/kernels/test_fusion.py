@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from meta import needs_meta_products
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_meta_products]
 
 
 def test_no_launch_leaves_fusion_to_the_default():

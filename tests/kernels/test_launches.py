@@ -9,10 +9,12 @@ import sys
 
 import pytest
 import torch
+from meta import needs_meta_products
 
 from loraga.kernels.dev import workloads
 from loraga.kernels.dev.steps import Steps, counted
 
+pytestmark = needs_meta_products
 BF16 = torch.bfloat16
 
 

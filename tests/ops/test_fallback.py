@@ -53,16 +53,19 @@ def launches(fails_at: int | None = None, error: Exception = TOO_LARGE) -> Itera
     """The kernels that are launched; the one with the number `fails_at` raises `error` instead."""
     seen: list[Any] = []
     kind = type(random._fill_kernel)
-    run = kind.run
+    launcher = kind.__getitem__
 
-    def counted(kernel: Any, *args: Any, **options: Any) -> Any:
-        seen.append(kernel)
-        if len(seen) - 1 == fails_at:
-            raise error
-        return run(kernel, *args, **options)
+    def counted(kernel: Any, grid: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> Any:
+            seen.append(kernel)
+            if len(seen) - 1 == fails_at:
+                raise error
+            return launcher(kernel, grid)(*args, **options)
+
+        return launch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "run", counted)
+        patch.setattr(kind, "__getitem__", counted)
         yield seen
 
 

@@ -188,11 +188,9 @@ def test_a_full_device_is_not_the_kernels_fault():
 def test_the_settings_of_the_caller_play_no_part(op):
     state = torch.get_rng_state()
     torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
     try:
-        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
             assert first_use.problem(op, reference_of(op), CPU) == ""
     finally:
         torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
     assert torch.equal(torch.get_rng_state(), state)
