@@ -35,7 +35,6 @@ class Collector:
         many (`bool`): some rank may get more micro-batches than a bfloat16 buffer can sum (`BFLOAT16_LIMIT`).
         seed (`int`): of the sketches.
         device (`torch.device`): of the state of layers whose own device is not known.
-        alone (`bool`): no other rank has estimators of these layers, with which theirs would have to be merged.
 
     Attributes:
         estimators (`dict[str, Estimator]`): by layer.
@@ -52,16 +51,13 @@ class Collector:
         many: bool,
         seed: int,
         device: torch.device,
-        alone: bool = True,
     ) -> None:
         self.wanted, self.device = wanted, device
         self.estimators: dict[str, Estimator] = {}
         self.outcomes = Outcomes()
         self.loss_scale: float | None = None
         self._config, self._micro_batches, self._many, self._seed = config, micro_batches, many, seed
-        self._alone = alone
         self._devices: dict[str, torch.device] = {}
-        self._planned: dict[str, LayerSpec] = {}  # on a CPU the number of tokens decides, which forward tells
         self._calls: Counter[str] = Counter()
         self._summed: set[Label] = set()
         self._weight = 1.0
@@ -98,7 +94,7 @@ class Collector:
         estimator = self.estimators.get(name)
         if estimator is None or self._made_on_other_device(name, dy.device):
             spec = self._spec(name, dy.shape[1], x.shape[1], dy.device)
-            (estimator,) = self._made([spec], tokens=len(x) if self._by_tokens(dy.device) else None)
+            (estimator,) = self._made([spec])
         with own_precision(dy.device):
             if isinstance(estimator, Streaming) and _waits(dy.device):
                 self._flush_at_the_end()
@@ -159,21 +155,11 @@ class Collector:
                 specs.append(self._spec(name, weight.shape[0], weight.shape[1], weight.device))
             elif isinstance(module, nn.Linear) and is_bitsandbytes(module):  # its weight may be packed
                 specs.append(self._spec(name, module.out_features, module.in_features, weight.device))
-        self._planned = {spec.name: spec for spec in specs if self._by_tokens(spec.device)}
-        self._made([spec for spec in specs if spec.name not in self._planned])
+        self._made(specs)
         self._formed = formed
         for name, stored in formed.items():
             device = stored.value.device
             self._made([self._spec(part, *stored.shape, device) for part in stored.parts(name)], formed=True)
-
-    def _by_tokens(self, device: torch.device) -> bool:
-        """Whether the number of tokens decides between sketch and gradient. All ranks have to choose the same."""
-        return device.type == "cpu" and self._alone and self._micro_batches is not None
-
-    def _make_planned(self, tokens: Mapping[str, int]) -> None:
-        """Make the estimators of layers on a CPU, between the first forward and backward; `tokens` by layer."""
-        for name in [name for name in self._planned if name in tokens]:
-            self._made([self._planned[name]], tokens=tokens[name])
 
     def make(self, name: str, m: int, n: int) -> None:
         """Make the estimator of a layer that has no gradient yet, on the device of its weight if that is known."""
@@ -189,8 +175,8 @@ class Collector:
             )
         return LayerSpec(name, m, n, rank, seed_of(self._seed, name), device)
 
-    def _made(self, specs: list[LayerSpec], *, formed: bool = False, tokens: int | None = None) -> list[Estimator]:
-        """New estimators; `formed` is True if autograd forms the gradients, `tokens` are those of a micro-batch."""
+    def _made(self, specs: list[LayerSpec], *, formed: bool = False) -> list[Estimator]:
+        """New estimators; `formed` is True if autograd forms the gradients."""
         made = make_estimators(
             specs,
             self._config,
@@ -198,11 +184,8 @@ class Collector:
             many=self._many,
             ring_of=self._ring,
             formed=formed,
-            tokens=tokens,
         )
-        for spec, estimator in zip(specs, made, strict=True):
-            self.estimators[spec.name] = estimator
-            self._planned.pop(spec.name, None)
+        self.estimators.update(zip((spec.name for spec in specs), made, strict=True))
         return made
 
     def _ring(self, device: torch.device) -> StagingRing | None:
@@ -227,7 +210,6 @@ class Collector:
         loss = loss_of()
         if self.outcomes.any:
             raise ValueError("loss_fn ran backward itself; let it return the loss, and loraga runs backward.")
-        self._make_planned(taps.tokens)
         if taps.saw_float16:
             self._backward_float16(loss, loss_of, taps, anywhere)
         else:

@@ -107,7 +107,7 @@ def estimate(model: nn.Module, request: Request, batches: Batches, ranks: Ranks)
     _agree(model, request, ranks, together)
     many = ranks.any(total is None or total > BFLOAT16_LIMIT)
     device = input_device(model)
-    collector = Collector(request.wanted, request.init, total, many, request.seed, device, alone=ranks.size == 1)
+    collector = Collector(request.wanted, request.init, total, many, request.seed, device)
     started = time.perf_counter()
     with (
         collector,
@@ -145,8 +145,7 @@ def estimate_step(model: nn.Module, request: Request, step: Callable[[], Any], r
         RankFailed: another rank raised.
     """
     _agree(model, request, ranks, together=False)
-    device = input_device(model)
-    collector = Collector(request.wanted, request.init, None, True, request.seed, device, alone=ranks.size == 1)
+    collector = Collector(request.wanted, request.init, None, True, request.seed, input_device(model))
     started = time.perf_counter()
     with (
         collector,

@@ -76,7 +76,6 @@ class Taps:
 
     Attributes:
         called (`set` of `str`): layers whose forward ran with gradients enabled.
-        tokens (`dict` of `str` to `int`): rows of the input of each layer in its last forward.
         saw_float16 (`bool`): some layer computed in float16. Its small gradients underflow unless the loss is scaled.
 
     Raises:
@@ -99,7 +98,6 @@ class Taps:
         self._roots: dict[torch.device, Tensor] = {}
         self._reentrant = False
         self.called: set[str] = set()
-        self.tokens: dict[str, int] = {}
         self.saw_float16 = False
 
     def __enter__(self) -> Taps:
@@ -148,7 +146,6 @@ class Taps:
                     "cannot be seen; leave it out of target_modules."
                 )
             self.called.add(name)
-            self.tokens[name] = x.numel() // max(1, x.shape[-1])
             self.saw_float16 |= y.dtype == torch.float16
             return _apply_tap(y, x, self._root(y.device), name, self)
 

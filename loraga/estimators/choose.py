@@ -27,7 +27,6 @@ def make_estimators(
     many: bool = False,
     ring_of: Callable[[torch.device], StagingRing | None] = lambda device: None,
     formed: bool = False,
-    tokens: int | None = None,
 ) -> list[Estimator]:
     """New estimators for `specs`, each of the class that `config` asks for.
 
@@ -42,7 +41,6 @@ def make_estimators(
         ring_of (callable): the ring of staging blocks of a device if the buffers of `config.estimator="dense"` and of
             formed gradients are in host memory, else None.
         formed (`bool`): autograd forms the gradients, so only a dense estimator can sum them.
-        tokens (`int`, *optional*): of a micro-batch, if known.
     """
     sketched = config.estimator == "streaming" and not formed
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(config.buffer_dtype)
@@ -58,7 +56,7 @@ def make_estimators(
     for spec in specs:
         if not sketched:
             made[spec.name] = Dense(spec, dtype, ring_of(spec.device))
-        elif not Streaming.pays(spec, tokens, micro_batches):
+        elif not Streaming.pays(spec):
             made[spec.name] = Dense(spec)
         else:
             alike[spec.m, spec.n, spec.rank, spec.device].append(spec)

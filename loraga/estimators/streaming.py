@@ -127,20 +127,9 @@ class Streaming:
         return [Streaming(spec, micro_batches, sketches, index) for index, spec in enumerate(specs)]
 
     @staticmethod
-    def pays(spec: LayerSpec, tokens: int | None = None, micro_batches: int | None = None) -> bool:
-        """Whether the sketch is cheaper than the gradient itself.
-
-        In the long run it is where mn > 2k (m + n), for flops and bytes alike. With few `tokens` in a micro-batch the
-        bases cost more than the products, and with few `micro_batches` the factorization at the end costs more than
-        both. Where both numbers are known they decide, as long as the gradient takes no more than four times the bytes.
-        """
-        m, n, k = spec.m, spec.n, sketch_width(spec.rank)
-        if tokens is None or micro_batches is None or m * n > 4 * (k + _PROBES) * (m + n):
-            return m * n > 2 * k * (m + n)
-        # in flops, as they were measured on a CPU (docs/numerics.md)
-        sketch = micro_batches * (3 * tokens * k + 16 * k**2) * (m + n) + 50 * k**2 * (m + n)
-        dense = micro_batches * 1.8 * tokens * m * n + 1400 * m * n + 100 * (spec.rank + 32) ** 2 * (m + n)
-        return sketch < dense
+    def pays(spec: LayerSpec) -> bool:
+        """Whether the sketch is cheaper than the gradient itself: mn > 2k (m + n), for flops and bytes alike."""
+        return spec.m * spec.n > 2 * sketch_width(spec.rank) * (spec.m + spec.n)
 
     @staticmethod
     def bytes_of(spec: LayerSpec) -> int:

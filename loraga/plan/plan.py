@@ -310,7 +310,8 @@ class _Trial:
     def _gradients(self, run: DryRun, waiting: bool = True) -> Found:
         slots = {slot.name: slot for slot in adapters.find_slots(self._peft_model, "default")[0]}
         found: Found = defaultdict(float)
-        inputs: set[int] = set()  # storages of x, which layers share
+        held: dict[int, Tensor] = {}  # x by storage, which layers share
+        copies: list[int] = []  # bytes of dy
 
         def on_pair(name: str, x: Tensor, dy: Tensor) -> None:
             first, later = self._update(run, slots[name], x, dy)
@@ -321,13 +322,12 @@ class _Trial:
             estimator = estimators[name]
             if isinstance(estimator, Streaming):
                 key = ("working", slots[name].shape)
-                storage = x.untyped_storage()._cdata
-                size = pair_bytes(None if storage in inputs else x, dy)
-                inputs.add(storage)
-                found["waiting"] += size
                 found[key] += WORKING_STATES * estimator.state_bytes
                 if waiting:
-                    run.live += size
+                    found["waiting"] += pair_bytes(None if x.untyped_storage()._cdata in held else x, dy)
+                    held[x.untyped_storage()._cdata] = x  # which counts as long as it exists
+                    copies.append(pair_bytes(None, dy))
+                    run.live += copies[-1]
                     run.count_temporary(int(found[key]))
 
         base = self._peft_model.base_model.model
@@ -337,7 +337,8 @@ class _Trial:
         with adapters.adapters_disabled(self._peft_model), isolated(base), taps, run:
             run.live += sum(states)
             taps.backward(base(**self._batch).loss)
-            run.live -= int(found["waiting"]) if waiting else 0
+            run.live -= sum(copies)
+            held.clear()
         return found
 
     def _update(self, run: DryRun, slot: AdapterSlot, x: Tensor, dy: Tensor) -> tuple[Cost, Cost]:

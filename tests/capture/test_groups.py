@@ -67,7 +67,7 @@ def loss_fn(model, batch):
 
 @pytest.fixture
 def groups(monkeypatch):
-    """The CPU stands for a GPU: sketches at any number of tokens, whose updates wait. How many are updated together."""
+    """Updates wait on the CPU, too. The numbers of layers that were updated together."""
     sizes: list[int] = []
     absorb = Streaming.absorb
 
@@ -76,7 +76,6 @@ def groups(monkeypatch):
         return absorb(group, *args)
 
     monkeypatch.setattr(collector, "_waits", lambda device: True)
-    monkeypatch.setattr(collector.Collector, "_by_tokens", lambda self, device: False)
     monkeypatch.setattr(Streaming, "absorb", staticmethod(counting))
     return sizes
 
@@ -113,8 +112,7 @@ def test_a_batch_may_be_overwritten_after_backward(groups):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_every_micro_batch_counts_on_a_cpu(reentrant):
-    """Where the number of tokens chooses the estimator, which reentrant checkpointing tells in backward only."""
+def test_every_micro_batch_counts_with_checkpointing(reentrant):
     torch.manual_seed(0)
     model, plain = Net("checkpoint reentrant" if reentrant else "checkpoint"), Net("plain")
     plain.load_state_dict(model.state_dict())

@@ -116,7 +116,7 @@ def test_a_whole_initialisation_by_the_kernels(monkeypatch, fails):
     monkeypatch.delenv("LORAGA_TRITON", raising=False)
     width = 352
     # of the first layer a sketch is kept, the second one is summed
-    monkeypatch.setattr(Streaming, "pays", lambda spec, tokens=None, micro_batches=None: spec.m == width)
+    monkeypatch.setattr(Streaming, "pays", lambda spec: spec.m == width)
 
     def factors() -> dict[str, loraga.Factors]:
         return loraga.estimate_factors(model_of(width), batches_of(width), ["0", "2"], rank=4, loss_fn=loss_of)

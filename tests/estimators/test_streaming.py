@@ -24,20 +24,6 @@ def test_sketch_width_and_where_it_pays():
     assert not Streaming.pays(spec(256, 256, 16)) and not Streaming.pays(spec(16, 100000, 16))
 
 
-@pytest.mark.parametrize(
-    ("shape", "tokens", "micro_batches", "sketched"),
-    [
-        ((576, 576), 2048, 4, True),  # products decide
-        ((576, 576), 64, 64, False),  # the bases of every micro-batch
-        ((576, 576), 64, 1, True),  # the factorization at the end
-        ((192, 576), 2048, 4, False),
-        ((4096, 4096), 16, 1000, True),  # the gradient would take too many bytes
-    ],
-)
-def test_tokens_and_micro_batches_decide_where_both_are_known(shape, tokens, micro_batches, sketched):
-    assert Streaming.pays(spec(*shape, 16), tokens, micro_batches) == sketched
-
-
 def test_only_a_single_micro_batch_gets_a_power_step():
     assert [power_steps(count) for count in (1, 2, 100, None)] == [1, 0, 0, 0]
 

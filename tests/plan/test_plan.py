@@ -12,7 +12,6 @@ import transformers as hf
 from torch.utils.flop_counter import FlopCounterMode
 
 import loraga
-from loraga.capture.collector import Collector
 from loraga.capture.isolation import isolated
 from loraga.capture.taps import Taps
 from loraga.cli.main import main
@@ -57,9 +56,8 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name, rank", [*((name, tiny.R) for name in FAMILIES), ("llama", 200)])
-def test_state_is_that_of_the_real_estimators(name, rank, monkeypatch):
-    """Also at a rank that some layers have too few directions for. A GPU's estimators do not depend on the tokens."""
-    monkeypatch.setattr(Collector, "_by_tokens", lambda self, device: False)
+def test_state_is_that_of_the_real_estimators(name, rank):
+    """Also at a rank that some layers have too few directions for."""
     model, lora = tiny.build(name), tiny.config(r=rank)
     if name == "bert":  # the one of tiny.py is no language model
         model = hf.BertForMaskedLM(model.config)
