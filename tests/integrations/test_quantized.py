@@ -173,15 +173,12 @@ def test_factors_are_those_of_the_dequantized_model(kind, load, data):
 @missing("bitsandbytes")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_state_of_a_packed_layer_is_made_before_the_first_batch(kind, load, data):
-    """Allocated between activations, it would keep their memory from being used again.
-
-    (Where the number of micro-batches is known, a layer on a CPU waits for that of tokens.)
-    """
+    """Allocated between activations, it would keep their memory from being used again."""
     from loraga.capture.collector import Collector
 
     model = load(kind)
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
-    collector = Collector({"up": 8}, loraga.InitConfig(), None, False, 0, torch.device("cpu"))
+    collector = Collector({"up": 8}, loraga.InitConfig(), 1, False, 0, torch.device("cpu"))
     collector.prepare({"up": layer}, {})
     spec = collector.estimators["up"].spec
     assert (spec.m, spec.n) == (448, 320)
