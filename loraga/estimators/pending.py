@@ -47,6 +47,10 @@ class Pending:
     def __init__(self, limit: int = WAITING_BYTES) -> None:
         self._limit = limit
         self._groups: defaultdict[Hashable, list[_Pair]] = defaultdict(list)
+        # bytes, kept up to date because `add` runs for every layer: of x by storage, and by group of dy and the update
+        self._inputs: dict[int, int] = {}
+        self._copies: defaultdict[Hashable, int] = defaultdict(int)
+        self._working: defaultdict[Hashable, int] = defaultdict(int)
 
     def __len__(self) -> int:
         """How many pairs wait."""
@@ -71,8 +75,11 @@ class Pending:
             outcomes += self._absorb(key)
             return outcomes + _absorbed([_Pair(label, streaming, x, dy, scale, x._version)], stream)
         while self._groups and not self._has_room(key, x, dy, working):
-            outcomes += self._absorb(max(self._groups, key=lambda group: self._waiting(group) + self._working(group)))
+            outcomes += self._absorb(max(self._groups, key=lambda group: self._waiting(group) + self._working[group]))
         self._groups[key].append(_Pair(label, streaming, x, dy.clone(), scale, x._version))
+        self._inputs[_storage(x)] = x.untyped_storage().nbytes()
+        self._copies[key] += pair_bytes(None, dy)
+        self._working[key] += working
         return outcomes
 
     def flush(self) -> list[Outcome]:
@@ -81,24 +88,26 @@ class Pending:
 
     def clear(self) -> None:
         """Forget all pairs that wait."""
-        self._groups.clear()
+        for waiting in (self._groups, self._inputs, self._copies, self._working):
+            waiting.clear()
 
     def _has_room(self, key: Hashable, x: Tensor, dy: Tensor, working: int) -> bool:
         """Whether a pair can wait in the group `key`, whose update then takes `working` bytes more."""
-        pairs = [pair for group in self._groups.values() for pair in group]
-        inputs = {_storage(each): each.untyped_storage().nbytes() for each in (x, *(pair.x for pair in pairs))}
-        held = sum(inputs.values()) + sum(pair_bytes(None, each) for each in (dy, *(pair.dy for pair in pairs)))
-        largest = max(self._working(group) + (working if group == key else 0) for group in {key, *self._groups})
+        held = sum(self._inputs.values()) + sum(self._copies.values())
+        held += pair_bytes(None if _storage(x) in self._inputs else x, dy)
+        largest = max(self._working.get(key, 0) + working, *self._working.values())
         return held + largest <= self._limit
 
     def _waiting(self, key: Hashable) -> int:
         return sum(pair_bytes(pair.x, pair.dy) for pair in self._groups[key])
 
-    def _working(self, key: Hashable) -> int:
-        return WORKING_STATES * sum(pair.streaming.state_bytes for pair in self._groups.get(key, ()))
-
     def _absorb(self, key: Any) -> list[Outcome]:
-        return _absorbed(self._groups.pop(key, []), key[-1])
+        pairs = self._groups.pop(key, [])
+        self._copies.pop(key, None)
+        self._working.pop(key, None)
+        left = [pair.x for group in self._groups.values() for pair in group]
+        self._inputs = {_storage(x): x.untyped_storage().nbytes() for x in left}
+        return _absorbed(pairs, key[-1])
 
 
 def _absorbed(pairs: list[_Pair], stream: Any) -> list[Outcome]:
